@@ -1,0 +1,178 @@
+"""The only file that asks which Keras backend runs.
+
+Everything else is written once, in `keras.ops`. What Keras leaves to the backend is here: the
+training step, compilation of a function that reads variables, a derivative, the replica's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import keras
+from keras import ops
+
+BACKEND = keras.backend.backend()
+
+# Times on a grid lie close together near t = 0 and their coefficients are differences. TensorFlow
+# computes them in float64; JAX does so only where the user has enabled x64.
+TIME_DTYPE = "float64" if BACKEND == "tensorflow" else "float32"
+
+
+def rows(coefficient, x):
+    """Shapes a coefficient, () or (B,), to multiply x, (B, ...), in x's dtype."""
+    coefficient = ops.cast(coefficient, x.dtype)
+    if len(coefficient.shape) == 0:
+        return coefficient
+    return ops.reshape(coefficient, (-1,) + (1,) * (len(x.shape) - 1))
+
+
+def substituted(pairs: Sequence[tuple]) -> keras.StatelessScope:
+    """Context in which each variable of (variable, value) pairs reads as its value.
+
+    Nothing is assigned, so an exception inside cannot leave a model with the wrong weights, and
+    whatever layers assign inside is dropped.
+    """
+    return keras.StatelessScope(state_mapping=list(pairs))
+
+
+def _updated(scope: keras.StatelessScope, variables: Sequence) -> list:
+    """The values that variables have at the end of a scope."""
+    values = (scope.get_current_value(v) for v in variables)
+    return [v.value if new is None else new for v, new in zip(variables, values)]
+
+
+class _TensorFlowStep:
+    """`train_step` and `test_step` for TensorFlow's trainer."""
+
+    def train_step(self, data):
+        """One optimizer step on a batch: draw t and noise, regress, descend."""
+        import tensorflow as tf
+
+        updates_before = ops.convert_to_tensor(self.optimizer.iterations)
+        with tf.GradientTape() as tape:
+            loss = self.mean_loss(data, training=True)
+            scaled_loss = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled_loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights))
+        self.after_update(moved=self.optimizer.iterations > updates_before)
+        self.loss_tracker.update_state(loss)
+        return {"loss": self.loss_tracker.result()}
+
+    def test_step(self, data):
+        """The loss of a batch at fixed noise, with the averaged weights."""
+        return self.evaluate_batch(data)
+
+
+class _JAXStep:
+    """The same two steps for JAX's trainer, which hands the state in and takes it back."""
+
+    def train_step(self, state, data):
+        """One optimizer step on a batch: draw t and noise, regress, descend."""
+        import jax
+
+        trainable, non_trainable, optimizer_state, metrics_state = state
+        fixed = [
+            *zip(self.non_trainable_variables, non_trainable),
+            *zip(self.optimizer.variables, optimizer_state),
+            *zip(self.metrics_variables, metrics_state),
+        ]
+
+        def scaled_loss(trainable):
+            pairs = [*fixed, *zip(self.trainable_variables, trainable)]
+            with keras.StatelessScope(state_mapping=pairs, collect_losses=True) as scope:
+                loss = self.mean_loss(data, training=True)
+                scaled = self.optimizer.scale_loss(loss)
+            return scaled, (loss, _updated(scope, self.non_trainable_variables))
+
+        (_, (loss, non_trainable)), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(
+            trainable
+        )
+        with substituted(fixed):
+            updates_before = ops.convert_to_tensor(self.optimizer.iterations)
+        trainable, optimizer_state = self.optimizer.stateless_apply(
+            optimizer_state, gradients, trainable
+        )
+        pairs = [
+            *zip(self.trainable_variables, trainable),
+            *zip(self.non_trainable_variables, non_trainable),
+            *zip(self.optimizer.variables, optimizer_state),
+            *zip(self.metrics_variables, metrics_state),
+        ]
+        with substituted(pairs) as scope:
+            self.after_update(moved=self.optimizer.iterations > updates_before)
+            self.loss_tracker.update_state(loss)
+            logs = {"loss": self.loss_tracker.result()}
+        return logs, (
+            trainable,
+            _updated(scope, self.non_trainable_variables),
+            optimizer_state,
+            _updated(scope, self.metrics_variables),
+        )
+
+    def test_step(self, state, data):
+        """The loss of a batch at fixed noise, with the averaged weights."""
+        trainable, non_trainable, metrics_state = state
+        pairs = [
+            *zip(self.trainable_variables, trainable),
+            *zip(self.non_trainable_variables, non_trainable),
+            *zip(self.metrics_variables, metrics_state),
+        ]
+        with substituted(pairs) as scope:
+            logs = self.evaluate_batch(data)
+        metrics_state = _updated(scope, self.metrics_variables)
+        return logs, (trainable, non_trainable, metrics_state)
+
+
+# A model mixes this in and gives `mean_loss(data, training)`, `after_update(moved)`,
+# `evaluate_batch(data)` and `loss_tracker`; the optimizer's step is then the backend's.
+TrainStep = _JAXStep if BACKEND == "jax" else _TensorFlowStep
+
+
+def compiled(function: Callable, variables: Sequence) -> Callable:
+    """Compiles a function of tensors that reads Keras variables.
+
+    Args:
+        function: takes and returns (nested) tensors.
+        variables: every variable that it may read. TensorFlow reads them where they are; on JAX
+            they become arguments, so that training between two calls is seen.
+
+    Returns:
+        A callable with the signature of `function`.
+    """
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, reduce_retracing=True)
+    import jax
+
+    @jax.jit
+    def pure(values, *args):
+        with substituted(zip(variables, values)):
+            return function(*args)
+
+    return lambda *args: pure([v.value for v in variables], *args)
+
+
+def derivative(function: Callable, t):
+    """dfunction/dt, elementwise, at t of any shape."""
+    t = ops.convert_to_tensor(t)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(t)
+            value = function(t)
+        return tape.gradient(value, t, unconnected_gradients="zero")
+    import jax
+
+    return jax.jvp(function, (t,), (ops.ones_like(t),))[1]
+
+
+def replica_id():
+    """Number of the replica that runs this step, 0 without a distribution strategy."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        return 0 if context is None else context.replica_id_in_sync_group
+    return 0  # JAX traces one program over the global batch: every row already has its own number.
