@@ -1,0 +1,55 @@
+"""tfdiffusion: diffusion and score-based generative models for Keras.
+
+Train with `fit()`, sample with any process, prediction and sampler, and export the whole sampler as
+one SavedModel.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from tfdiffusion import (
+    denoiser,
+    guidance,
+    networks,
+    predictions,
+    processes,
+    random,
+    samplers,
+    times,
+    training,
+    weights,
+)
+from tfdiffusion.samplers import sample
+from tfdiffusion.training import DiffusionModel
+
+__version__ = "0.1.0"
+
+# These bring matplotlib, TensorFlow or data sets with them: imported when first used.
+_LAZY = ("cli", "data", "evaluation", "exact", "export", "models", "plotting")
+
+__all__ = [
+    "DiffusionModel",
+    "denoiser",
+    "guidance",
+    "networks",
+    "predictions",
+    "processes",
+    "random",
+    "sample",
+    "samplers",
+    "times",
+    "training",
+    "weights",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"tfdiffusion.{name}")
+    raise AttributeError(f"module 'tfdiffusion' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -48,7 +48,8 @@ class _TensorFlowStep:
         """One optimizer step on a batch: draw t and noise, regress, descend."""
         import tensorflow as tf
 
-        updates_before = ops.convert_to_tensor(self.optimizer.iterations)
+        self._ensure_built(data)
+        updates_before = ops.add(self.optimizer.iterations, 0)
         with tf.GradientTape() as tape:
             loss = self.mean_loss(data, training=True)
             scaled_loss = self.optimizer.scale_loss(loss)
@@ -60,7 +61,16 @@ class _TensorFlowStep:
 
     def test_step(self, data):
         """The loss of a batch at fixed noise, with the averaged weights."""
+        self._ensure_built(data)
         return self.evaluate_batch(data)
+
+    def _ensure_built(self, data) -> None:
+        # Unlike JAX's, TensorFlow's trainer leaves building to the first traced step.
+        if not self.built:
+            import tensorflow as tf
+
+            with tf.init_scope():
+                self.build(keras.utils.unpack_x_y_sample_weight(data)[0].shape)
 
 
 class _JAXStep:
@@ -88,7 +98,7 @@ class _JAXStep:
             trainable
         )
         with substituted(fixed):
-            updates_before = ops.convert_to_tensor(self.optimizer.iterations)
+            updates_before = ops.add(self.optimizer.iterations, 0)
         trainable, optimizer_state = self.optimizer.stateless_apply(
             optimizer_state, gradients, trainable
         )

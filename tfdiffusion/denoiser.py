@@ -1,0 +1,250 @@
+"""From a network to x̂_0, the mean of the clean image given the noisy one.
+
+A denoiser is a function (x_t, t) → x̂_0 ≈ E[x_0 | x_t] together with its process; the noise, the
+score and the probability-flow velocity are then other ways to write the same thing,
+
+    ε̂ = (x_t − α x̂_0)/σ,    ∇ log q(x_t) = −ε̂/σ,    dx/dt = f x_t − ½ g² ∇ log q(x_t),
+
+by Tweedie's formula. Samplers see nothing but denoisers, so guidance, clipping, inpainting are
+wrappers that turn a denoiser into a denoiser, and all of them hold for every sampler.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Callable
+
+from keras import ops
+
+from tfdiffusion import _backend, _names, predictions
+from tfdiffusion._backend import rows
+from tfdiffusion.processes import Process
+
+
+class Denoiser(abc.ABC):
+    """x̂_0(x_t, t), and the noise, score and velocity that follow from it.
+
+    Attributes:
+        process: the noising process that it undoes.
+        latest: the last time at which it is defined; sampling starts there.
+        variables: every Keras variable that it reads.
+    """
+
+    process: Process
+    latest: float = 1.0
+    variables: tuple = ()
+
+    @abc.abstractmethod
+    def __call__(self, x_t, t):
+        """The denoised batch.
+
+        Args:
+            x_t: float tensor (B, ...), noisy data.
+            t: times in (0, 1], scalar or (B,).
+
+        Returns:
+            x̂_0, float tensor (B, ...).
+        """
+
+    def noise_from(self, x_t, x_0, t):
+        """ε̂ = (x_t − α x̂_0)/σ for a given x̂_0."""
+        return (x_t - rows(self.process.alpha(t), x_t) * x_0) / rows(self.process.sigma(t), x_t)
+
+    def noise(self, x_t, t):
+        """ε̂(x_t, t), the noise in x_t."""
+        return self.noise_from(x_t, self(x_t, t), t)
+
+    def score(self, x_t, t):
+        """∇ log q_t(x_t) = −ε̂/σ."""
+        return -self.noise(x_t, t) / rows(self.process.sigma(t), x_t)
+
+    def velocity(self, x_t, t):
+        """dx/dt of the probability-flow ODE (arXiv:2011.13456, eq. 13)."""
+        drift, diffusion = self.process.drift(t), self.process.diffusion(t)
+        return rows(drift, x_t) * x_t - rows(0.5 * diffusion**2, x_t) * self.score(x_t, t)
+
+
+def _timestep(process: Process, t):
+    """DDPM's 0-based step, 0 … T−1; a continuous process counts as one of 1000 steps."""
+    return t * (process.num_timesteps or 1000) - 1.0
+
+
+_TIME_INPUTS: dict[str, Callable] = {
+    "timestep": _timestep,
+    "log_snr": lambda process, t: process.log_snr(t),
+    "log_sigma": lambda process, t: ops.log(process.sigma(t)),
+    # EDM's c_noise (arXiv:2206.00364, table 1), for any process: ln(σ/α)/4.
+    "edm": lambda process, t: -0.125 * process.log_snr(t),
+    # A noise-conditioned score network's level, 0 for the largest noise (arXiv:1907.05600).
+    "level": lambda process, t: (process.num_timesteps or 1000) * (1.0 - t),
+}
+
+
+class NetworkDenoiser(Denoiser):
+    """A network, what it predicts, and what it is told about time.
+
+    The network gets c_in x_t with c_in = 1/√(α² σ_d² + σ²), which is 1 on variance-preserving
+    processes and data of variance 1, and keeps the input of the others at unit scale
+    (EDM, arXiv:2206.00364, eq. 7).
+
+    Args:
+        network: called as `network({"x": ..., "time": ..., "label": ...}, training=...)`.
+        process: a `Process` or its name.
+        prediction: a `Prediction` or its name.
+        time_input: "timestep" (t T − 1), "log_snr", "log_sigma", "edm" (ln(σ/α)/4), "level".
+        sigma_data: σ_d, the standard deviation of the data.
+        scale_input: False feeds x_t as it is, as noise-conditioned score networks want.
+
+    Raises:
+        ValueError: If a name is unknown, or the prediction is singular at the end of a chain.
+    """
+
+    def __init__(
+        self,
+        network,
+        process: str | Process,
+        prediction: str | predictions.Prediction = "noise",
+        *,
+        time_input: str = "timestep",
+        sigma_data: float = 1.0,
+        scale_input: bool = True,
+    ):
+        from tfdiffusion import processes
+
+        self.network = network
+        self.process = processes.get(process)
+        self.prediction = predictions.get(prediction)
+        self.time_input = time_input
+        self._time_input = _names.look_up("time input", time_input, _TIME_INPUTS)
+        self.sigma_data, self.scale_input = float(sigma_data), bool(scale_input)
+        self._substitutes: Callable[[], list[tuple]] | None = None
+        self.latest = _latest_time(self.process, self.prediction)
+
+    def reading(self, substitutes: Callable[[], list[tuple]]) -> NetworkDenoiser:
+        """The same denoiser with other weights, such as their average.
+
+        Args:
+            substitutes: gives (variable, value) pairs for all of the network's variables.
+        """
+        other = copy.copy(self)
+        other._substitutes = substitutes
+        return other
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes that the network tells apart, None without labels."""
+        return getattr(self.network, "num_classes", None)
+
+    def coefficients(self, t, x):
+        """α, σ at t, shaped to multiply x."""
+        return rows(self.process.alpha(t), x), rows(self.process.sigma(t), x)
+
+    def predict(self, x_t, t, label=None, training: bool = False):
+        """What the network says, in its own terms.
+
+        Args:
+            x_t: float tensor (B, ...).
+            t: times, scalar or (B,).
+            label: int (B,) or None for "no label"; `num_classes` also means that.
+            training: whether dropout and the like are on.
+
+        Returns:
+            y, float32 (B, ...).
+        """
+        alpha_t, sigma_t = self.coefficients(t, x_t)
+        x = x_t
+        if self.scale_input:
+            x = x_t / (alpha_t**2 * self.sigma_data**2 + sigma_t**2) ** 0.5
+        batch = ops.shape(x_t)[0]
+        time = ops.cast(self._time_input(self.process, t), "float32")
+        inputs = {"x": x, "time": ops.broadcast_to(time, (batch,))}
+        if self.num_classes is not None:
+            label = self.num_classes if label is None else label
+            inputs["label"] = ops.broadcast_to(ops.cast(label, "int32"), (batch,))
+        return ops.cast(self.network(inputs, training=training), x_t.dtype)
+
+    def __call__(self, x_t, t, label=None):
+        """x̂_0 from the network; see `Denoiser` and `predict`."""
+        if self._substitutes is None:
+            y = self.predict(x_t, t, label)
+        else:
+            with _backend.substituted(self._substitutes()):
+                y = self.predict(x_t, t, label)
+        alpha_t, sigma_t = self.coefficients(t, x_t)
+        return self.prediction.clean(y, x_t, alpha_t, sigma_t, self.sigma_data)
+
+
+def _latest_time(process: Process, prediction: predictions.Prediction) -> float:
+    """1, or the time where a prediction that is singular at α = 0 has to stop."""
+    if not prediction.singular or float(process.alpha(1.0)) > 1e-6:
+        return 1.0
+    if process.num_timesteps is not None:
+        raise ValueError(
+            f"The {prediction.name!r} prediction says nothing about the image where alpha = 0, and "
+            "this chain ends there (zero terminal SNR). Use prediction='v', 'flow', 'clean' or "
+            "'edm'."
+        )
+    return 0.999
+
+
+class Conditioned(Denoiser):
+    """A network denoiser with its labels filled in.
+
+    Args:
+        denoiser: a `NetworkDenoiser`.
+        label: int (B,) or scalar.
+    """
+
+    def __init__(self, denoiser: NetworkDenoiser, label):
+        self.denoiser, self.label = denoiser, label
+        self.process, self.latest = denoiser.process, denoiser.latest
+
+    def __call__(self, x_t, t):
+        """x̂_0 given the label."""
+        return self.denoiser(x_t, t, self.label)
+
+
+class Clipped(Denoiser):
+    """Clips x̂_0 to the range of the data; ε̂ follows, because it is computed from x̂_0.
+
+    Args:
+        denoiser: any denoiser.
+        limit: x̂_0 is held in [−limit, limit].
+    """
+
+    def __init__(self, denoiser: Denoiser, limit: float = 1.0):
+        self.denoiser, self.limit = denoiser, limit
+        self.process, self.latest = denoiser.process, denoiser.latest
+
+    def __call__(self, x_t, t):
+        """x̂_0, clipped."""
+        return ops.clip(self.denoiser(x_t, t), -self.limit, self.limit)
+
+
+class DynamicallyThresholded(Denoiser):
+    """Scales x̂_0 back where guidance pushes it out of range (Imagen, arXiv:2205.11487, sec. 2.3).
+
+    Each image is clipped at s, the given quantile of |x̂_0| but at least 1, and divided by s. Only
+    for pixels: a latent space has no fixed range.
+
+    Args:
+        denoiser: any denoiser of images in [−1, 1].
+        quantile: in (0, 1].
+
+    Raises:
+        ValueError: If the quantile is out of range.
+    """
+
+    def __init__(self, denoiser: Denoiser, quantile: float = 0.995):
+        if not 0.0 < quantile <= 1.0:
+            raise ValueError(f"quantile must lie in (0, 1]. Received {quantile}.")
+        self.denoiser, self.quantile = denoiser, quantile
+        self.process, self.latest = denoiser.process, denoiser.latest
+
+    def __call__(self, x_t, t):
+        """x̂_0, thresholded and rescaled."""
+        x_0 = self.denoiser(x_t, t)
+        size = ops.abs(ops.reshape(x_0, (ops.shape(x_0)[0], -1)))
+        scale = rows(ops.maximum(ops.quantile(size, self.quantile, axis=-1), 1.0), x_0)
+        return ops.clip(x_0, -scale, scale) / scale

@@ -1,0 +1,75 @@
+"""DDPM's ancestral sampler and DDIM, for any process and any pair of times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from keras import ops
+
+from tfdiffusion import _names, random
+from tfdiffusion._backend import rows
+from tfdiffusion.denoiser import Denoiser
+from tfdiffusion.samplers.base import Sampler, register
+
+
+@register("ddpm")
+@dataclass(frozen=True)
+class DDPM(Sampler):
+    """Draws x_s from q(x_s | x_t, x̂_0) (DDPM, arXiv:2006.11239, alg. 2).
+
+    Args:
+        variance: "posterior" for β̃, exact if the data were one point; "beta" for σ²_{t|s}, exact
+            if they were N(0, I) (sec. 3.2). With few steps "beta" leaves noise in the image.
+
+    Raises:
+        ValueError: If the variance is neither.
+    """
+
+    variance: str = "posterior"
+
+    def __post_init__(self):
+        if self.variance not in ("posterior", "beta"):
+            raise _names.unknown("variance", self.variance, ("posterior", "beta"))
+
+    def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
+        """x_s = c_0 x̂_0 + c_t x_t + √variance z."""
+        (x_t,) = carry
+        c_0, c_t, variance = denoiser.process.posterior(t, s)
+        if self.variance == "beta":
+            _, variance = denoiser.process.transition(t, s)
+        mean = rows(c_0, x_t) * denoiser(x_t, t) + rows(c_t, x_t) * x_t
+        return (mean + rows(ops.sqrt(variance), x_t) * random.normal(keys, x_t.shape[1:]),)
+
+
+@register("ddim")
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """Keeps the marginals with as much fresh noise as η asks for (arXiv:2010.02502, eq. 12).
+
+    Args:
+        eta: η in [0, 1]: 0 is deterministic given x_1, 1 is DDPM with β̃.
+
+    Raises:
+        ValueError: If η is out of range.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"DDIM's eta must lie in [0, 1]. Received eta={self.eta}.")
+
+    def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
+        """x_s = α_s x̂_0 + √(σ_s² − η² β̃) ε̂ + η √β̃ z."""
+        (x_t,) = carry
+        process = denoiser.process
+        x_0 = denoiser(x_t, t)
+        noise = denoiser.noise_from(x_t, x_0, t)
+        sigma_s = process.sigma(s)
+        if self.eta == 0.0:
+            return (rows(process.alpha(s), x_t) * x_0 + rows(sigma_s, x_t) * noise,)
+        _, _, variance = process.posterior(t, s)
+        direction = ops.sqrt(sigma_s**2 - self.eta**2 * variance)
+        mean = rows(process.alpha(s), x_t) * x_0 + rows(direction, x_t) * noise
+        fresh = rows(self.eta * ops.sqrt(variance), x_t) * random.normal(keys, x_t.shape[1:])
+        return (mean + fresh,)

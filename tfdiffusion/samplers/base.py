@@ -1,0 +1,74 @@
+"""What a sampler is."""
+
+from __future__ import annotations
+
+import abc
+
+import keras
+
+from tfdiffusion import _names
+from tfdiffusion.denoiser import Denoiser
+
+_SAMPLERS: dict[str, type[Sampler]] = {}
+
+
+class Sampler(abc.ABC):
+    """One step from time t to an earlier time s.
+
+    A sampler gets the denoiser, not its output, so it may call it as often as it likes, and keeps
+    what it needs from earlier steps in its carry, a tuple of tensors whose first entry is x.
+    """
+
+    def start(self, x_t) -> tuple:
+        """The first carry for a state x_t (B, ...)."""
+        return (x_t,)
+
+    @abc.abstractmethod
+    def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
+        """Moves the state from t to s < t.
+
+        Args:
+            denoiser: (x_t, t) → x̂_0.
+            carry: as `start` or the last step returned it; carry[0] is x_t (B, ...).
+            t: the time now, a scalar tensor.
+            s: the next time.
+            keys: uint32 (B, 2), fresh for this step; see `tfdiffusion.random`.
+
+        Returns:
+            The carry at s, of the same structure and shapes.
+        """
+
+    def get_config(self) -> dict:
+        """Arguments that make this sampler again."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_config(cls, config: dict) -> Sampler:
+        """Makes the sampler of a configuration."""
+        return cls(**config)
+
+
+def register(name: str):
+    """Class decorator that lists a sampler under a name and makes it serializable."""
+
+    def add(cls: type[Sampler]) -> type[Sampler]:
+        _SAMPLERS[name] = cls
+        return keras.saving.register_keras_serializable(package="tfdiffusion")(cls)
+
+    return add
+
+
+def names() -> list[str]:
+    """Names that `get` knows."""
+    return list(_SAMPLERS)
+
+
+def get(sampler: str | Sampler) -> Sampler:
+    """Makes a sampler by name, with its default arguments; a `Sampler` is returned as it is.
+
+    Raises:
+        ValueError: If the name is unknown; the message lists the known ones.
+    """
+    if isinstance(sampler, Sampler):
+        return sampler
+    return _names.look_up("sampler", sampler, _SAMPLERS)()

@@ -1,0 +1,167 @@
+"""The one loop from noise to samples, and the prior it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from keras import ops
+
+from tfdiffusion import _backend, random
+from tfdiffusion._backend import rows
+from tfdiffusion.denoiser import Denoiser
+from tfdiffusion.samplers.base import Sampler, get
+from tfdiffusion.times import check_steps
+from tfdiffusion.times import grid as make_grid
+
+# A key has one stream for the prior and one a step, so a path never meets the same number twice.
+_PRIOR, _FIRST_STEP = 0, 1
+
+
+def prior(denoiser: Denoiser, keys, shape: Sequence[int], t=1.0):
+    """Noise as it is at time t: N(0, α² + σ²), for data of unit variance and mean zero.
+
+    That is N(0, I) for variance-preserving processes and N(0, σ_max²) up to 1/σ_max² for exploding
+    ones; starting from plain N(0, I) there would be an error of scale.
+
+    Args:
+        denoiser: whose process it is.
+        keys: uint32 (B, 2), one a sample.
+        shape: of one sample.
+        t: the time at which sampling starts.
+
+    Returns:
+        float32 (B, *shape).
+    """
+    alpha_t, sigma_t = denoiser.process.alpha(t), denoiser.process.sigma(t)
+    noise = random.normal(random.fold_in(keys, _PRIOR), shape)
+    return rows(ops.sqrt(alpha_t**2 + sigma_t**2), noise) * noise
+
+
+def integrate(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    times,
+    keys,
+    x,
+    *,
+    denoise_last: bool = True,
+    return_path: bool = False,
+):
+    """Runs a sampler over a grid: traceable, one loop in the graph, no Python a step.
+
+    Between the N times lie N − 1 steps; then x̂_0 at the last time is the sample, so no noise is
+    added at the end, whatever the sampler and the process.
+
+    Args:
+        denoiser: (x_t, t) → x̂_0.
+        sampler: the step.
+        times: (N,), falling; N may be dynamic.
+        keys: uint32 (B, 2).
+        x: the state at times[0], (B, ...).
+        denoise_last: False returns the state at times[N − 1] instead.
+        return_path: also return the states, (N + denoise_last, B, ...): at each time, and last the
+            sample.
+
+    Returns:
+        The sample (B, ...), or (sample, path).
+    """
+    steps = ops.shape(times)[0] - 1
+    path = ()
+    if return_path:
+        empty = ops.zeros_like(ops.broadcast_to(x[None], (steps + 2, *ops.shape(x))))
+        path = (ops.slice_update(empty, (0,) * (len(x.shape) + 1), x[None]),)
+
+    def advance(k, state):
+        carry, path = state
+        step_keys = random.fold_in(keys, k + _FIRST_STEP)
+        carry = sampler.step(denoiser, carry, times[k], times[k + 1], step_keys)
+        if return_path:
+            start = (k + 1,) + (0,) * len(x.shape)
+            path = (ops.slice_update(path[0], start, carry[0][None]),)
+        return carry, path
+
+    carry, path = ops.fori_loop(0, steps, advance, (sampler.start(x), path))
+    result = denoiser(carry[0], times[steps]) if denoise_last else carry[0]
+    if not return_path:
+        return result
+    if not denoise_last:
+        return result, path[0][:-1]
+    return result, ops.concatenate([path[0][:-1], result[None]])
+
+
+def sample(
+    denoiser: Denoiser,
+    seeds: int | Sequence[int],
+    shape: Sequence[int],
+    *,
+    sampler: str | Sampler = "ddim",
+    steps: int = 50,
+    grid: str | Sequence[float] = "uniform",
+    x=None,
+    denoise_last: bool = True,
+    return_path: bool = False,
+):
+    """Draws one sample a seed from any denoiser.
+
+    Example:
+
+    >>> images = tfd.sample(model.denoiser(), seeds=range(16), shape=(28, 28, 1), steps=25)
+
+    Args:
+        denoiser: (x_t, t) → x̂_0, labels and guidance already in it.
+        seeds: one integer a sample; a seed gives its sample in any batch.
+        shape: of one sample, without the batch.
+        sampler: a `Sampler` or its name.
+        steps: N, evaluations of the denoiser (of a one-evaluation sampler); at most T on a chain.
+        grid: a name that `tfdiffusion.times.grid` knows, or falling times in (0, 1].
+        x: the state to start from, (B, *shape), instead of noise from the seeds.
+        denoise_last: see `integrate`.
+        return_path: see `integrate`.
+
+    Returns:
+        float32 tensor (B, *shape), or (sample, path).
+
+    Raises:
+        ValueError: If a name is unknown, or the times do not fall within (0, denoiser.latest].
+    """
+    sampler = get(sampler)
+    times = resolve_grid(denoiser, grid, steps)
+    keys = random.keys(seeds if isinstance(seeds, int) else list(seeds))
+
+    def run(times, keys, *x):
+        state = x[0] if x else prior(denoiser, keys, tuple(shape), times[0])
+        return integrate(
+            denoiser,
+            sampler,
+            times,
+            keys,
+            state,
+            denoise_last=denoise_last,
+            return_path=return_path,
+        )
+
+    start = () if x is None else (ops.convert_to_tensor(x, dtype="float32"),)
+    return _backend.compiled(run, denoiser.variables)(times, keys, *start)
+
+
+def resolve_grid(denoiser: Denoiser, grid: str | Sequence[float], steps: int):
+    """The times to visit, checked: a named grid of `steps` times, or the given ones.
+
+    Returns:
+        Tensor (N,), float64 where the backend has it.
+
+    Raises:
+        ValueError: See `sample`.
+    """
+    dtype = _backend.TIME_DTYPE
+    if isinstance(grid, str):
+        check_steps(steps, denoiser.process)
+        return make_grid(grid, steps, denoiser.process, denoiser.latest, dtype)
+    times = [float(t) for t in grid]
+    falling = all(t > s for t, s in zip(times, times[1:]))
+    if not times or not falling or times[-1] <= 0.0 or times[0] > denoiser.latest:
+        raise ValueError(
+            f"A grid must fall strictly within (0, {denoiser.latest:g}]. "
+            f"Received {times[:3]}{'...' if len(times) > 3 else ''} ({len(times)} times)."
+        )
+    return denoiser.process.snap(ops.convert_to_tensor(times, dtype=dtype))

@@ -1,0 +1,480 @@
+"""`DiffusionModel`: a network, a process and a prediction that `fit()` knows how to train."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+from keras import ops
+
+from tfdiffusion import _backend, predictions, processes, random, samplers, times, weights
+from tfdiffusion._backend import rows
+from tfdiffusion.denoiser import (
+    Clipped,
+    Conditioned,
+    Denoiser,
+    DynamicallyThresholded,
+    NetworkDenoiser,
+)
+from tfdiffusion.guidance import ClassifierFreeGuidance
+from tfdiffusion.samplers.loop import integrate, prior, resolve_grid
+
+_register = keras.saving.register_keras_serializable(package="tfdiffusion")
+
+# Streams of a training key, and the seed of the noise that validation always sees.
+_TIMES, _NOISE, _LABEL_DROPOUT = 0, 1, 2
+_VALIDATION_SEED = 0x76616C
+
+
+@_register
+class ExponentialMovingAverage(keras.layers.Layer):
+    """Averaged copies of a network's weights, moved once per optimizer update.
+
+    θ_ema ← m θ_ema + (1 − m) θ with m = min(decay, (1 + n)/(10 + n)) after n updates: a fixed high
+    decay would keep the random initial weights in the average for thousands of steps.
+
+    Args:
+        decay: m in [0, 1); 0.999 averages over about a thousand updates.
+
+    Raises:
+        ValueError: If the decay is out of range.
+    """
+
+    def __init__(self, decay: float = 0.999, **kwargs):
+        super().__init__(trainable=False, dtype="float32", **kwargs)
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"The EMA's decay must lie in [0, 1). Received {decay}.")
+        self.decay = float(decay)
+
+    def follow(self, variables) -> None:
+        """Makes one averaged copy for each variable, equal to it."""
+        # Set past Keras, which would otherwise count the network's weights as this layer's.
+        object.__setattr__(self, "_followed", tuple(variables))
+        self.updates = self.add_weight(shape=(), dtype="int32", initializer="zeros", name="updates")
+        self.averages = [
+            self.add_weight(shape=v.shape, initializer="zeros", name=f"average_{i}")
+            for i, v in enumerate(self._followed)
+        ]
+        self.reset()
+        self.built = True
+
+    def reset(self) -> None:
+        """Starts again from the variables as they are."""
+        self.updates.assign(0)
+        for average, variable in zip(self.averages, self._followed):
+            # A copy: JAX donates buffers, and must not find one twice.
+            average.assign(ops.copy(ops.cast(variable.value, average.dtype)))
+
+    def update(self, moved=True) -> None:
+        """Moves the averages one update on, if the variables have `moved` (a boolean)."""
+        n = ops.cast(self.updates.value, "float32")
+        decay = ops.minimum(self.decay, (1.0 + n) / (10.0 + n))
+        share = ops.where(moved, 1.0 - decay, 0.0)
+        for average, variable in zip(self.averages, self._followed):
+            value = ops.cast(variable.value, average.dtype)
+            average.assign_add(share * (value - average.value))
+        self.updates.assign_add(ops.cast(moved, "int32"))
+
+    def pairs(self) -> list[tuple]:
+        """(variable, averaged value) for `_backend.substituted`."""
+        return [(v, ops.cast(a.value, v.dtype)) for v, a in zip(self._followed, self.averages)]
+
+    def get_config(self) -> dict:
+        """See base class."""
+        return {**super().get_config(), "decay": self.decay}
+
+
+@_register
+class LossByNoiseLevel(keras.metrics.Metric):
+    """Mean loss over all times, and within each of four equal quarters of (0, 1].
+
+    Also counts the batches since its last reset, from which validation derives its noise.
+    """
+
+    def __init__(self, name: str = "loss", **kwargs):
+        super().__init__(name=name, **kwargs)
+        zeros = {"initializer": "zeros", "dtype": "float32"}
+        self.total = self.add_weight(shape=(4,), name="total", **zeros)
+        self.count = self.add_weight(shape=(4,), name="count", **zeros)
+        self.batches = self.add_weight(shape=(), name="batches", initializer="zeros", dtype="int32")
+
+    def update_state(self, losses, t):
+        """Adds losses (B,) at times t (B,)."""
+        quarter = ops.clip(ops.cast(ops.ceil(ops.cast(t, "float32") * 4.0), "int32") - 1, 0, 3)
+        member = ops.one_hot(quarter, 4, dtype="float32")
+        self.total.assign_add(ops.sum(member * ops.cast(losses, "float32")[:, None], axis=0))
+        self.count.assign_add(ops.sum(member, axis=0))
+        self.batches.assign_add(1)
+
+    def result(self):
+        """{"loss": ..., "loss_q1": ... "loss_q4": ...}: q1 has the least noise, q4 the most."""
+        quarters = ops.divide_no_nan(self.total.value, self.count.value)
+        mean = ops.divide_no_nan(ops.sum(self.total.value), ops.sum(self.count.value))
+        return {"loss": mean, **{f"loss_q{i + 1}": quarters[i] for i in range(4)}}
+
+
+@_register
+class DiffusionModel(_backend.TrainStep, keras.Model):
+    """Learns to denoise, with `fit()`; then samples, saves and exports.
+
+    For each image of a batch the training step draws a time t and noise ε, forms
+    x_t = α x_0 + σ ε, and regresses what the prediction says (by default ε: the noise-prediction
+    objective, DDPM, arXiv:2006.11239, alg. 1). An exponential moving average of the weights is kept
+    beside the raw ones; validation, sampling and export read the average.
+
+    Example:
+
+    >>> model = tfd.DiffusionModel(tfd.networks.UNet(out_channels=1, num_classes=10))
+    >>> model.compile(optimizer=keras.optimizers.Adam(2e-4))
+    >>> model.fit(tfd.data.load("digits", batch_size=64), epochs=100)
+    >>> images = model.sample(64, label=3, seed=0)  # (64, 8, 8, 1) in [-1, 1]
+
+    `fit` takes images x_0 of shape (N, H, W, C), or points (N, D), float in [−1, 1]; with labels
+    int (N,) behind them where the network has `num_classes`. `compile` takes any Keras optimizer
+    and no loss: the model brings its own.
+
+    Args:
+        network: a Keras layer or model called on {"x", "time"[, "label"]}; see
+            `tfdiffusion.networks`.
+        process: a `Process` or its name.
+        prediction: a `Prediction` or its name: "noise", "clean", "v", "flow", "score", "edm".
+        weight: of the loss: "constant" in the prediction's own loss, "snr", "min_snr", "p2",
+            "sigmoid", "vlb", or a `Weight`.
+        times: on which to train: "uniform", "stratified", "logit_normal", "log_normal_sigma", ...,
+            or a `TimeDistribution`.
+        label_dropout: share of labels withheld in training, which is what guidance needs.
+        ema_decay: of the averaged weights.
+        time_input: what the network is told about time; see `NetworkDenoiser`.
+        sigma_data: standard deviation of the data.
+        seed: of times and noise in training.
+
+    Raises:
+        ValueError: If a name is unknown or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        network,
+        process: str | processes.Process = "cosine",
+        prediction: str | predictions.Prediction = "noise",
+        *,
+        weight: str | weights.Weight | None = "constant",
+        times: str | times.TimeDistribution = "uniform",
+        label_dropout: float = 0.1,
+        ema_decay: float = 0.999,
+        time_input: str = "timestep",
+        sigma_data: float = 1.0,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if not 0.0 <= label_dropout < 1.0:
+            raise ValueError(f"label_dropout must lie in [0, 1). Received {label_dropout}.")
+        if sigma_data <= 0.0:
+            raise ValueError(f"sigma_data must be positive. Received {sigma_data}.")
+        self.network = network
+        self.raw = NetworkDenoiser(
+            network, process, prediction, time_input=time_input, sigma_data=sigma_data
+        )
+        self.process, self.prediction = self.raw.process, self.raw.prediction
+        self.weight = weights.get(weight)
+        self.times = _get_times(times)
+        self.label_dropout, self.seed = float(label_dropout), int(seed)
+        self.ema = ExponentialMovingAverage(ema_decay, name="ema")
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+        self.validation_loss = LossByNoiseLevel()
+        self.sample_shape: tuple[int, ...] | None = None
+        self._compiled_samplers: dict = {}
+
+    # Keras: building, calling, saving.
+
+    def build(self, input_shape):
+        """Builds network and averages for data of this shape, batch axis included."""
+        self.sample_shape = tuple(input_shape[1:])
+        shapes = {"x": (None, *self.sample_shape), "time": (None,)}
+        if self.num_classes is not None:
+            shapes["label"] = (None,)
+        if not self.network.built:
+            self.network.build(shapes)
+        self.step_count = self.add_weight(
+            shape=(), dtype="int32", initializer="zeros", trainable=False, name="step_count"
+        )
+        # All floating weights, so that statistics and layers thawed later are averaged too.
+        self.ema.follow(v for v in self.network.weights if keras.backend.is_float_dtype(v.dtype))
+        self.built = True
+
+    def call(self, x_t, t=0.5, label=None):
+        """x̂_0 for noisy images at time t, with the averaged weights; see `denoiser`."""
+        return self.denoiser()(x_t, t, label)
+
+    def get_config(self) -> dict:
+        """See base class."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "network": serialize(self.network),
+            "process": serialize(self.process),
+            "prediction": self.prediction.name,
+            "weight": "constant" if self.weight is None else serialize(self.weight),
+            "times": serialize(self.times),
+            "label_dropout": self.label_dropout,
+            "ema_decay": self.ema.decay,
+            "time_input": self.raw.time_input,
+            "sigma_data": self.raw.sigma_data,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> DiffusionModel:
+        """See base class."""
+        config = dict(config)
+        for key in ("network", "process", "weight", "times"):
+            if isinstance(config[key], dict):
+                config[key] = keras.saving.deserialize_keras_object(config[key])
+        return cls(**config)
+
+    @property
+    def metrics(self):
+        """The training loss and the validation loss by noise level."""
+        return [self.loss_tracker, self.validation_loss]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, None for an unconditional model."""
+        return self.raw.num_classes
+
+    # Training.
+
+    def losses_at(self, x_0, label, t, keys, training: bool = False):
+        """The objective of each example: w(t) ‖y_θ(x_t, t) − y‖², averaged over its elements.
+
+        Args:
+            x_0: float (B, ...), clean data.
+            label: int (B,) or None.
+            t: times (B,).
+            keys: uint32 (B, 2), for the noise.
+            training: whether dropout and the like are on.
+
+        Returns:
+            float32 (B,).
+        """
+        noise = random.normal(random.fold_in(keys, _NOISE), x_0.shape[1:])
+        alpha_t, sigma_t = self.raw.coefficients(t, x_0)
+        x_t = alpha_t * x_0 + sigma_t * noise
+        y = self.raw.predict(x_t, t, label, training=training)
+        target = self.prediction.target(x_0, noise, alpha_t, sigma_t, self.raw.sigma_data)
+        error = ops.mean(ops.square(y - target), axis=tuple(range(1, len(x_0.shape))))
+        return error if self.weight is None else self._loss_weight(t) * error
+
+    def _loss_weight(self, t):
+        """The weight of ‖Δx_0‖², converted to the prediction's own error."""
+        alpha_t, sigma_t = self.process.alpha(t), self.process.sigma(t)
+        determinant = self.prediction.determinant(alpha_t, sigma_t, self.raw.sigma_data)
+        return self.weight(self.process, t) * (sigma_t / determinant) ** 2
+
+    def mean_loss(self, data, training: bool = True):
+        """The objective of a training batch, a scalar."""
+        x_0, label, sample_weight = self._unpack(data)
+        batch = ops.shape(x_0)[0]
+        keys = random.fold_in(random.keys(self.seed), ops.convert_to_tensor(self.step_count))
+        keys = random.fold_in(keys, _backend.replica_id())
+        self.step_count.assign_add(1)
+        keys = random.fold_in(keys, ops.arange(batch))
+        t = self.times.sample(random.fold_in(keys, _TIMES), self.process, self.raw.latest)
+        if label is not None:
+            dropped = random.uniform(random.fold_in(keys, _LABEL_DROPOUT)) < self.label_dropout
+            label = ops.where(dropped, self.num_classes, label)
+        losses = self.losses_at(x_0, label, t, keys, training=training)
+        if sample_weight is not None:
+            losses = losses * ops.cast(sample_weight, losses.dtype)
+        # Keras' own `losses` are those of regularizers and `add_loss`.
+        return ops.mean(losses) + sum(self.losses)
+
+    def after_update(self, moved) -> None:
+        """Called once per training step, behind the optimizer."""
+        self.ema.update(moved)
+
+    def evaluate_batch(self, data) -> dict:
+        """The loss at noise and times that are the same in every epoch, with averaged weights.
+
+        Times are spread evenly over the batch. The logs hold `loss` and its mean in each quarter of
+        (0, 1], `loss_q1` (least noise) to `loss_q4`.
+        """
+        x_0, label, _ = self._unpack(data)
+        batch = ops.shape(x_0)[0]
+        batch_number = ops.convert_to_tensor(self.validation_loss.batches)
+        keys = random.fold_in(random.keys(_VALIDATION_SEED), batch_number)
+        keys = random.fold_in(keys, ops.arange(batch))
+        t = times.Stratified().sample(random.fold_in(keys, _TIMES), self.process, self.raw.latest)
+        with _backend.substituted(self._averaged()):
+            losses = self.losses_at(x_0, label, t, keys)
+        self.validation_loss.update_state(losses, t)
+        return self.validation_loss.result()
+
+    def make_train_function(self, force: bool = False):
+        """Keras' hook before training; weights loaded since `build` enter the average here."""
+        if self.built and int(self.ema.updates.value) == 0:
+            self.ema.reset()
+        return super().make_train_function(force)
+
+    def _unpack(self, data):
+        x_0, label, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if self.num_classes is None:
+            label = None
+        elif label is None:
+            raise ValueError(
+                f"The network has num_classes={self.num_classes}, but the data came without "
+                "labels. Pass (images, labels), or make the network with num_classes=None."
+            )
+        else:
+            label = ops.reshape(ops.cast(label, "int32"), (-1,))
+        return ops.cast(x_0, "float32"), label, sample_weight
+
+    # Sampling.
+
+    def denoiser(self, ema: bool = True) -> NetworkDenoiser:
+        """The trained denoiser, (x_t, t, label) → x̂_0.
+
+        Args:
+            ema: False for the raw weights instead of their average.
+        """
+        if not ema:
+            return self.raw
+        return self.raw.reading(self._averaged)
+
+    def _averaged(self) -> list[tuple]:
+        """Every weight of the network with the value to sample from."""
+        return [*((v, v.value) for v in self.network.variables), *self.ema.pairs()]
+
+    def guided(
+        self, label=None, guidance=None, *, threshold: str | None = "clip", ema: bool = True
+    ) -> Denoiser:
+        """A denoiser with label, guidance and thresholding in it, ready for any sampler.
+
+        Args:
+            label: int (B,) or scalar; None for the unconditional model.
+            guidance: scale, a number or float (B,); None for the plain conditional model.
+            threshold: "clip" holds x̂_0 in [−1, 1], "dynamic" is Imagen's, None does neither.
+            ema: False for the raw weights.
+
+        Raises:
+            ValueError: If a label or guidance is asked of an unconditional model.
+        """
+        denoiser = self.denoiser(ema)
+        if guidance is not None:
+            denoiser = ClassifierFreeGuidance(denoiser, label, guidance)
+        elif label is not None:
+            denoiser = Conditioned(denoiser, label)
+        wrappers = {"clip": Clipped, "dynamic": DynamicallyThresholded}
+        if threshold is None:
+            return denoiser
+        from tfdiffusion import _names
+
+        return _names.look_up("threshold", threshold, wrappers)(denoiser)
+
+    def sample(
+        self,
+        num: int = 16,
+        *,
+        label=None,
+        guidance: float = 1.0,
+        steps: int = 50,
+        sampler: str | samplers.Sampler = "ddim",
+        grid: str = "uniform",
+        threshold: str | None = "clip",
+        seed: int = 0,
+        seeds=None,
+        ema: bool = True,
+        batch_size: int = 256,
+        return_path: bool = False,
+    ):
+        """Draws images; image i is the one of seed `seed` + i, in whatever batch it is made.
+
+        Args:
+            num: how many.
+            label: class of all images, or one a row (num,); None for the unconditional model.
+            guidance: scale; 1 is the plain conditional model, 0 ignores the label.
+            steps: evaluations of the network a sample (a chain of T steps has at most T).
+            sampler: "ddim", "ddpm", ..., or a `Sampler`.
+            grid: times to visit; see `tfdiffusion.times.grid`.
+            threshold: see `guided`. Points in 2-D have no fixed range: pass None.
+            seed: of the first image.
+            seeds: one a row (num,), instead of seed, seed + 1, …
+            ema: False for the raw weights.
+            batch_size: at most so many at a time; it does not change any image.
+            return_path: also return the states on the way, float32 (steps + 1, num, ...).
+
+        Returns:
+            NumPy float32 (num, ...), in [−1, 1] unless threshold=None; or (images, path).
+
+        Raises:
+            ValueError: If the model has not seen data, a name is unknown or a number out of range.
+        """
+        if self.sample_shape is None:
+            raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")
+        seeds, labels = self._check_request(num, label, guidance, seed, seeds)
+        sampler = samplers.get(sampler)
+        visited = resolve_grid(self.raw, grid, steps)
+        guided = labels is not None and guidance != 1.0
+        run = self._compiled_sampler(sampler, labels is not None, guided, threshold, ema, return_path)
+        chunks = []
+        for first in range(0, num, batch_size):
+            rows_ = np.arange(first, min(first + batch_size, num))
+            # Pad the last chunk: one shape, one compilation.
+            padded = np.resize(rows_, batch_size) if num > batch_size else rows_
+            inputs = [random.keys(seeds[padded])]
+            if labels is not None:
+                inputs.append(ops.convert_to_tensor(labels[padded], dtype="int32"))
+            if guided:
+                inputs.append(ops.full((len(padded),), guidance, dtype="float32"))
+            result = run(visited, *inputs)
+            outputs = [ops.convert_to_numpy(r) for r in (result if return_path else (result,))]
+            keep = len(rows_)
+            chunks.append([outputs[0][:keep], *(path[:, :keep] for path in outputs[1:])])
+        images = np.concatenate([chunk[0] for chunk in chunks])
+        if not return_path:
+            return images
+        return images, np.concatenate([chunk[1] for chunk in chunks], axis=1)
+
+    def _compiled_sampler(self, sampler, conditional, guided, threshold, ema, return_path):
+        """One compiled loop for each kind of request, kept for the next."""
+        key = (type(sampler).__name__, repr(sampler), conditional, guided, threshold, ema, return_path)
+        if key not in self._compiled_samplers:
+            shape = self.sample_shape
+
+            def run(visited, keys, label=None, scale=None):
+                denoiser = self.guided(label, scale, threshold=threshold, ema=ema)
+                x = prior(denoiser, keys, shape, visited[0])
+                return integrate(denoiser, sampler, visited, keys, x, return_path=return_path)
+
+            variables = [*self.network.variables, *self.ema.variables]
+            self._compiled_samplers[key] = _backend.compiled(run, variables)
+        return self._compiled_samplers[key]
+
+    def _check_request(self, num, label, guidance, seed, seeds):
+        if not isinstance(num, int | np.integer) or num < 1:
+            raise ValueError(f"num must be an integer >= 1. Received num={num!r}.")
+        seeds = np.arange(num, dtype=np.int64) + int(seed) if seeds is None else np.asarray(seeds)
+        if seeds.shape != (num,) or seeds.dtype.kind not in "iu":
+            raise ValueError(f"seeds must be {num} integers. Received shape {seeds.shape}.")
+        if label is None:
+            if guidance != 1.0:
+                raise ValueError(
+                    f"guidance={guidance} needs a label to guide towards. Pass label=..."
+                )
+            return seeds, None
+        if self.num_classes is None:
+            raise ValueError(
+                f"label={label!r} was asked of an unconditional model. Train one with a network "
+                "made with num_classes=..., or leave label out."
+            )
+        labels = np.broadcast_to(np.asarray(label), (num,))
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(
+                f"label must be integers from 0 to {self.num_classes - 1}. Received {label!r}."
+            )
+        return seeds, labels
+
+
+def _get_times(distribution):
+    # The argument `times` hides the module in `__init__`.
+    return times.get(distribution)
