@@ -16,7 +16,7 @@ from tfdiffusion.data.examples import Examples, fits_in_memory
 from tfdiffusion.data.pixels import decode, square
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")  # MPO: JPEG files of some cameras
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow's name, whatever the suffix says
 COMMON_SHARE = 0.9  # of the images must agree on a size for the others to be the odd ones
 REPORTED = 10  # files named in a message
 
