@@ -11,6 +11,8 @@ so a run that resumes with ``batches(from_step=n)`` sees what an uninterrupted r
 TensorFlow is imported when a pipeline is made; :meth:`Examples.arrays` does without it.
 """
 
+from __future__ import annotations
+
 from tfdiffusion.data.examples import Examples
 from tfdiffusion.data.pixels import to_float, to_uint8
 from tfdiffusion.data.sources import load, read
