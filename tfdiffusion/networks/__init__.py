@@ -14,12 +14,15 @@ from tfdiffusion.networks.layers import (
     TimeEmbedding,
     Upsample,
 )
+from tfdiffusion.networks.mlp import MLP, ResidualDense
 from tfdiffusion.networks.unet import UNet
 
 __all__ = [
+    "MLP",
     "Downsample",
     "GroupNormalization",
     "ResidualBlock",
+    "ResidualDense",
     "SelfAttention",
     "TimeEmbedding",
     "UNet",

@@ -36,6 +36,65 @@ def positive_int(argument: str, value: object) -> int:
     return int(value)
 
 
+def positive_float(argument: str, value: object) -> float:
+    """Return `value` as a float, or raise a `ValueError` if it is not a number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not value > 0:
+        raise ValueError(
+            f"`{argument}` must be a number above zero. Received: {argument}={value!r}"
+        )
+    return float(value)
+
+
+def int_tuple(argument: str, values: object) -> tuple[int, ...]:
+    """Return `values` as a tuple of positive integers, or raise a `ValueError`."""
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(
+            f"`{argument}` must be a list or tuple of positive integers, with at least one. "
+            f"Received: {argument}={values!r}"
+        )
+    return tuple(positive_int(argument, value) for value in values)
+
+
+def split_heads(channels: int, num_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """Return (heads, channels per head), or raise a `ValueError` if they don't come out even."""
+    if num_heads is not None and head_dim is not None:
+        raise ValueError(
+            "Give `num_heads` or `head_dim`, not both: one follows from the other. "
+            f"Received: num_heads={num_heads!r}, head_dim={head_dim!r}"
+        )
+    name, part = ("num_heads", num_heads or 1) if head_dim is None else ("head_dim", head_dim)
+    if channels % positive_int(name, part):
+        raise ValueError(
+            f"`{name}` must divide the channels. Received: {name}={part}, channels={channels}"
+        )
+    other = channels // part
+    return (part, other) if name == "num_heads" else (other, part)
+
+
+def label_embedding(num_classes: int | None, width: int) -> keras.layers.Embedding | None:
+    """Return an embedding of `num_classes + 1` labels, the last of which means "no label"."""
+    if num_classes is None:
+        return None
+    return keras.layers.Embedding(
+        positive_int("num_classes", num_classes) + 1,
+        width,
+        embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),
+        dtype="float32",
+        name="label_embedding",
+    )
+
+
+def check_inputs(inputs: dict, num_classes: int | None) -> None:
+    """Raise a `ValueError` unless `inputs` has what a network with `num_classes` takes."""
+    expected = ["time", "x"] if num_classes is None else ["label", "time", "x"]
+    received = sorted(inputs) if isinstance(inputs, dict) else type(inputs).__name__
+    if received != expected:
+        raise ValueError(
+            f"A network with num_classes={num_classes} takes a dict with {expected}. Received: "
+            f"{received}. 'label' goes with `num_classes`; the label {num_classes} is no label."
+        )
+
+
 @keras.saving.register_keras_serializable(package="tfdiffusion")
 class GroupNormalization(keras.layers.Layer):
     """Group normalization (Wu & He 2018, arXiv:1803.08494), optionally followed by SiLU.
@@ -69,7 +128,7 @@ class GroupNormalization(keras.layers.Layer):
     ):
         super().__init__(autocast=False, **kwargs)
         self.groups = positive_int("groups", groups)
-        self.epsilon = float(epsilon)
+        self.epsilon = positive_float("epsilon", epsilon)
         self.activation = choice("activation", activation, (None, "silu"))
 
     def build(self, input_shape):
@@ -169,7 +228,7 @@ class TimeEmbedding(keras.layers.Layer):
         self.kind = choice("kind", kind, ("sinusoidal", "fourier"))
         self.freq_shift = choice("freq_shift", freq_shift, (0, 1))
         self.flip_sin_to_cos = bool(flip_sin_to_cos)
-        self.fourier_scale = float(fourier_scale)
+        self.fourier_scale = positive_float("fourier_scale", fourier_scale)
         if self.features % 2 or self.features < 4:
             raise ValueError(
                 "`features` must be even and at least 4: half of them are sines, half cosines. "
@@ -250,35 +309,26 @@ class SelfAttention(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if num_heads is not None and head_dim is not None:
-            raise ValueError(
-                "Give `num_heads` or `head_dim`, not both: one follows from the other. "
-                f"Received: num_heads={num_heads!r}, head_dim={head_dim!r}"
-            )
-        self.num_heads = None if num_heads is None else positive_int("num_heads", num_heads)
-        self.head_dim = None if head_dim is None else positive_int("head_dim", head_dim)
-        self.output_scale = float(output_scale)
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.output_scale = positive_float("output_scale", output_scale)
         self.norm = GroupNormalization(
             groups, epsilon=norm_epsilon, dtype=self.dtype_policy, name="norm"
         )
 
     def build(self, input_shape):
         channels = input_shape[-1]
-        per_head = self.head_dim or channels // (self.num_heads or 1)
-        if per_head == 0 or channels % per_head or (channels % (self.num_heads or 1)):
-            raise ValueError(
-                "The channels must split evenly into heads. Received: "
-                f"channels={channels}, num_heads={self.num_heads}, head_dim={self.head_dim}"
-            )
-        self.split = (channels // per_head, per_head)
+        self.split = split_heads(channels, self.num_heads, self.head_dim)
         self.norm.build(input_shape)
-        for name in ("query", "key", "value", "project"):
-            initializer = "zeros" if name == "project" else "glorot_uniform"
-            dense = keras.layers.Dense(
+
+        def dense(name, initializer="glorot_uniform"):
+            layer = keras.layers.Dense(
                 channels, kernel_initializer=initializer, dtype=self.dtype_policy, name=name
             )
-            dense.build((None, None, channels))
-            setattr(self, name, dense)
+            layer.build((None, None, channels))
+            return layer
+
+        self.query, self.key, self.value = dense("query"), dense("key"), dense("value")
+        self.project = dense("project", "zeros")
         self.built = True
 
     def call(self, inputs):
@@ -433,7 +483,7 @@ class ResidualBlock(keras.layers.Layer):
         self.scale_shift = bool(scale_shift)
         self.resample = choice("resample", resample, RESAMPLE)
         self.rate = float(dropout)
-        self.output_scale = float(output_scale)
+        self.output_scale = positive_float("output_scale", output_scale)
         policy = self.dtype_policy
         norm = {"epsilon": norm_epsilon, "activation": "silu", "dtype": policy}
         conv = {"padding": "same", "dtype": policy}
@@ -453,7 +503,9 @@ class ResidualBlock(keras.layers.Layer):
     def build(self, inputs_shape, embedding_shape=None):
         channels = inputs_shape[-1]
         inner = (None, None, None, self.width)
-        self.norm_1.build(inputs_shape)
+        for layer in (self.norm_1, self.resampler, self.dropout):
+            if layer is not None:
+                layer.build(inputs_shape)
         self.conv_1.build((None, None, None, channels))
         self.norm_2.build(inner)
         self.conv_2.build(inner)

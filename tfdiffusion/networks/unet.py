@@ -22,8 +22,12 @@ from tfdiffusion.networks.layers import (
     SelfAttention,
     TimeEmbedding,
     Upsample,
+    check_inputs,
     choice,
+    int_tuple,
+    label_embedding,
     positive_int,
+    split_heads,
 )
 
 
@@ -46,6 +50,8 @@ class UNet(keras.Model):
         scale_shift: Whether the embedding modulates the normalization instead of being added.
         downsample: `"conv"`, `"pool"` or `"resnet"` (a residual block that averages).
         upsample: `"conv"`, `"nearest"` or `"resnet"` (a residual block that repeats).
+        patch_size: Side of the pixel blocks that the network sees as one position; above 1 it works
+            at `1 / patch_size` of the size throughout, at a fraction of the cost.
         downsample_padding: Of the strided convolution: 0 pads below and right, 1 all around.
         dropout: Dropout rate inside the residual blocks.
         output_scale: Divides each sum of shortcut and branch, e.g. sqrt(2).
@@ -69,8 +75,8 @@ class UNet(keras.Model):
 
     Example:
         >>> network = UNet(out_channels=1, widths=(32, 64), groups=8, num_classes=10)
-        >>> x = keras.random.normal((2, 28, 28, 1))
-        >>> y = network({"x": x, "time": [10.0, 999.0], "label": [3, 10]})
+        >>> x, time = np.zeros((2, 28, 28, 1), "float32"), np.array([10.0, 999.0], "float32")
+        >>> y = network({"x": x, "time": time, "label": np.array([3, 10])})  # 10: no label
         >>> tuple(y.shape)
         (2, 28, 28, 1)
     """
@@ -91,6 +97,7 @@ class UNet(keras.Model):
         downsample: str = "conv",
         upsample: str = "conv",
         downsample_padding: int = 0,
+        patch_size: int = 1,
         dropout: float = 0.0,
         output_scale: float = 1.0,
         time_embedding: str = "sinusoidal",
@@ -103,114 +110,111 @@ class UNet(keras.Model):
     ):
         # Times must reach the embedding in float32, so `call` leaves each cast to the layers.
         super().__init__(autocast=False, **kwargs)
-        widths = tuple(positive_int("widths", width) for width in widths)
+        widths = int_tuple("widths", widths)
         if isinstance(blocks_per_level, int):
             blocks_per_level = (blocks_per_level,) * len(widths)
+        blocks_per_level = int_tuple("blocks_per_level", blocks_per_level)
         _check_levels(widths, blocks_per_level, attention_levels, groups)
-        self.out_channels = positive_int("out_channels", out_channels)
-        self.num_classes = None if num_classes is None else positive_int("num_classes", num_classes)
+        time_width = 4 * widths[0] if time_width is None else time_width
+        policy = self.dtype_policy
+        common = {
+            "groups": groups,
+            "norm_epsilon": norm_epsilon,
+            "output_scale": output_scale,
+            "dtype": policy,
+        }
+
+        # The network is made of steps, lists of layers. Each encoder step hands its output over as
+        # a skip, each decoder step takes one, but for those that resize.
+        def residual(width, resample=None):
+            return ResidualBlock(
+                width, scale_shift=scale_shift, dropout=dropout, resample=resample, **common
+            )
+
+        def attention(width):
+            split_heads(width, num_heads, head_dim)  # refuse now what `build` would refuse
+            return SelfAttention(num_heads=num_heads, head_dim=head_dim, **common)
+
+        def step(width, level):
+            return [residual(width), *([attention(width)] if level in attention_levels else [])]
+
+        def halve(width):
+            if choice("downsample", downsample, ("conv", "pool", "resnet")) == "resnet":
+                return [residual(width, "down")]
+            return [Downsample(downsample, padding=downsample_padding, dtype=policy)]
+
+        def double(width):
+            if choice("upsample", upsample, ("conv", "nearest", "resnet")) == "resnet":
+                return [residual(width, "up")]
+            return [Upsample(upsample, dtype=policy)]
+
+        encoder, decoder = [], []
+        for level, width in enumerate(widths):
+            encoder += [halve(widths[level - 1])] if level else []
+            encoder += [step(width, level) for _ in range(blocks_per_level[level])]
+        for level, width in reversed(list(enumerate(widths))):
+            decoder += [step(width, level) for _ in range(blocks_per_level[level] + 1)]
+            decoder += [double(width)] if level else []
+        extra = [attention(widths[-1])] if mid_attention else []
+
         self.widths = widths
-        self.config = {
-            "out_channels": self.out_channels,
+        self.out_channels = positive_int("out_channels", out_channels)
+        self.patch_size = positive_int("patch_size", patch_size)
+        self.num_classes = num_classes
+        self.time_embedding = TimeEmbedding(
+            time_width,
+            features=widths[0],
+            kind=time_embedding,
+            freq_shift=freq_shift,
+            flip_sin_to_cos=flip_sin_to_cos,
+            fourier_scale=fourier_scale,
+            dtype=policy,
+        )
+        self.label_embedding = label_embedding(num_classes, time_width)
+        self.conv_in = keras.layers.Conv2D(widths[0], 3, padding="same", dtype=policy)
+        self.encoder = encoder
+        self.middle = [residual(widths[-1]), *extra, residual(widths[-1])]
+        self.decoder = decoder
+        self.norm_out = GroupNormalization(
+            groups, epsilon=norm_epsilon, activation="silu", dtype=policy
+        )
+        self.conv_out = keras.layers.Conv2D(
+            out_channels * patch_size**2,
+            3,
+            padding="same",
+            kernel_initializer="zeros",
+            dtype=policy,
+        )
+        self._config = {
+            "out_channels": out_channels,
             "widths": widths,
-            "blocks_per_level": tuple(
-                positive_int("blocks_per_level", n) for n in blocks_per_level
-            ),
+            "blocks_per_level": blocks_per_level,
             "attention_levels": tuple(attention_levels),
-            "mid_attention": bool(mid_attention),
+            "mid_attention": mid_attention,
             "num_heads": num_heads,
             "head_dim": head_dim,
             "groups": groups,
             "norm_epsilon": norm_epsilon,
-            "scale_shift": bool(scale_shift),
-            "downsample": choice("downsample", downsample, ("conv", "pool", "resnet")),
-            "upsample": choice("upsample", upsample, ("conv", "nearest", "resnet")),
+            "scale_shift": scale_shift,
+            "downsample": downsample,
+            "upsample": upsample,
             "downsample_padding": downsample_padding,
+            "patch_size": patch_size,
             "dropout": dropout,
             "output_scale": output_scale,
             "time_embedding": time_embedding,
-            "time_width": 4 * widths[0] if time_width is None else time_width,
+            "time_width": time_width,
             "freq_shift": freq_shift,
-            "flip_sin_to_cos": bool(flip_sin_to_cos),
+            "flip_sin_to_cos": flip_sin_to_cos,
             "fourier_scale": fourier_scale,
-            "num_classes": self.num_classes,
+            "num_classes": num_classes,
         }
-        self._make_layers()
-
-    def _make_layers(self):
-        config, policy = self.config, self.dtype_policy
-        widths, blocks, attended = (
-            self.widths,
-            config["blocks_per_level"],
-            config["attention_levels"],
-        )
-        norm = {name: config[name] for name in ("groups", "norm_epsilon")}
-        scale = {"output_scale": config["output_scale"]}
-        residual = {name: config[name] for name in ("scale_shift", "dropout")}
-        residual = {**residual, **norm, **scale, "dtype": policy}
-        heads = {name: config[name] for name in ("num_heads", "head_dim")}
-        attention = {**heads, **norm, **scale, "dtype": policy}
-
-        self.time_embedding = TimeEmbedding(
-            config["time_width"],
-            features=widths[0],
-            kind=config["time_embedding"],
-            **{name: config[name] for name in ("freq_shift", "flip_sin_to_cos", "fourier_scale")},
-            dtype=policy,
-        )
-        self.label_embedding = None
-        if self.num_classes is not None:
-            self.label_embedding = keras.layers.Embedding(
-                self.num_classes + 1,  # the last row is "no label"
-                config["time_width"],
-                embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),
-                dtype="float32",
-            )
-
-        # Each step is a list of layers; its output is a skip (encoder) or takes one (decoder, but
-        # for the steps that resize). So the two paths mirror each other and no level is special.
-        def step(width, level=None):
-            block = [ResidualBlock(width, **residual)]
-            return [*block, SelfAttention(**attention)] if level in attended else block
-
-        def down(width):
-            if config["downsample"] == "resnet":
-                return [ResidualBlock(width, resample="down", **residual)]
-            padding = config["downsample_padding"]
-            return [Downsample(config["downsample"], padding=padding, dtype=policy)]
-
-        def up(width):
-            if config["upsample"] == "resnet":
-                return [ResidualBlock(width, resample="up", **residual)]
-            return [Upsample(config["upsample"], dtype=policy)]
-
-        encoder, decoder = [], []
-        for level, width in enumerate(widths):
-            encoder += [down(widths[level - 1])] if level else []
-            encoder += [step(width, level) for _ in range(blocks[level])]
-        for level, width in reversed(list(enumerate(widths))):
-            decoder += [step(width, level) for _ in range(blocks[level] + 1)]
-            decoder += [up(width)] if level else []
-        middle = [ResidualBlock(widths[-1], **residual) for _ in range(2)]
-        if config["mid_attention"]:
-            middle.insert(1, SelfAttention(**attention))
-
-        self.conv_in = keras.layers.Conv2D(widths[0], 3, padding="same", dtype=policy)
-        self.encoder, self.middle, self.decoder = encoder, middle, decoder
-        self.norm_out = GroupNormalization(
-            config["groups"], epsilon=config["norm_epsilon"], activation="silu", dtype=policy
-        )
-        self.conv_out = keras.layers.Conv2D(
-            self.out_channels, 3, padding="same", kernel_initializer="zeros", dtype=policy
-        )
 
     def build(self, input_shape):
-        # After loading, shapes arrive as lists.
-        shapes = {name: tuple(shape) for name, shape in input_shape.items()}
-        x = shapes["x"]
-        _check_inputs(shapes, self.num_classes)
-        _check_size(x, len(self.widths))
-        embedding = (None, self.config["time_width"])
+        check_inputs(input_shape, self.num_classes)
+        x = tuple(input_shape["x"])  # a list after loading
+        _check_size(x, len(self.widths), self.patch_size)
+        embedding = (None, self.time_embedding.width)
 
         def build(step, shape):
             for layer in step:
@@ -221,6 +225,8 @@ class UNet(keras.Model):
         self.time_embedding.build((None,))
         if self.label_embedding is not None:
             self.label_embedding.build((None,))
+        sides = (side and side // self.patch_size for side in x[1:3])
+        x = (x[0], *sides, x[3] * self.patch_size**2)
         self.conv_in.build(x)
         x = (*x[:-1], self.widths[0])
         skips = [x]
@@ -237,7 +243,7 @@ class UNet(keras.Model):
         self.built = True
 
     def call(self, inputs, training=False):
-        _check_inputs(inputs, self.num_classes)
+        check_inputs(inputs, self.num_classes)
         embedding = self.time_embedding(inputs["time"])
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(inputs["label"])
@@ -247,7 +253,8 @@ class UNet(keras.Model):
                 x = layer(x, embedding, training=training) if _is_conditioned(layer) else layer(x)
             return x
 
-        x = self.conv_in(ops.cast(inputs["x"], self.compute_dtype))
+        x = _to_patches(ops.cast(inputs["x"], self.compute_dtype), self.patch_size)
+        x = self.conv_in(x)
         skips = [x]
         for step in self.encoder:
             x = run(step, x)
@@ -257,14 +264,34 @@ class UNet(keras.Model):
             if not _is_resizing(step):
                 x = ops.concatenate([x, skips.pop()], axis=-1)
             x = run(step, x)
-        return ops.cast(self.conv_out(self.norm_out(x)), "float32")
+        x = ops.cast(self.conv_out(self.norm_out(x)), "float32")
+        return _from_patches(x, self.patch_size)
 
     def compute_output_shape(self, input_shape):
         return (*input_shape["x"][:-1], self.out_channels)
 
     def get_config(self):
-        base = {"name": self.name, "trainable": self.trainable, "dtype": self.dtype_policy.name}
-        return {**base, **self.config}
+        return {**super().get_config(), **self._config}
+
+
+def _to_patches(x, size):
+    """(B, H, W, C) -> (B, H / size, W / size, size² C)."""
+    if size == 1:
+        return x
+    _, height, width, channels = ops.shape(x)
+    x = ops.reshape(x, (-1, height // size, size, width // size, size, channels))
+    x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
+    return ops.reshape(x, (-1, height // size, width // size, size * size * channels))
+
+
+def _from_patches(x, size):
+    """The inverse of `_to_patches`."""
+    if size == 1:
+        return x
+    _, height, width, channels = ops.shape(x)
+    x = ops.reshape(x, (-1, height, width, size, size, channels // size**2))
+    x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
+    return ops.reshape(x, (-1, height * size, width * size, channels // size**2))
 
 
 def _is_conditioned(layer):
@@ -278,8 +305,6 @@ def _is_resizing(step):
 
 def _check_levels(widths, blocks_per_level, attention_levels, groups):
     levels = len(widths)
-    if not levels:
-        raise ValueError(f"`widths` must have at least one width. Received: widths={widths!r}")
     if len(blocks_per_level) != levels:
         raise ValueError(
             "`blocks_per_level` must be an integer or one integer per level. Received: "
@@ -292,32 +317,24 @@ def _check_levels(widths, blocks_per_level, attention_levels, groups):
             f"Each of `widths` must be a multiple of `groups`. Received: widths={widths!r}, "
             f"groups={groups}. Use groups={math.gcd(*widths)} or a divisor of it."
         )
-    if any(level not in range(levels) for level in attention_levels):
+    if not isinstance(attention_levels, (list, tuple)) or any(
+        level not in range(levels) for level in attention_levels
+    ):
         raise ValueError(
             f"`attention_levels` must be indices of levels, 0 to {levels - 1} for widths="
             f"{widths!r} (0 is the full size). Received: attention_levels={attention_levels!r}"
         )
 
 
-def _check_inputs(inputs, num_classes):
-    expected = {"x", "time"} if num_classes is None else {"x", "time", "label"}
-    if set(inputs) != expected:
-        raise ValueError(
-            f"With num_classes={num_classes}, the network takes a dict with {sorted(expected)}. "
-            f"Received: {sorted(inputs)}. ('label' goes with num_classes; the label num_classes "
-            "means no label.)"
-        )
-
-
-def _check_size(shape, levels):
+def _check_size(shape, levels, patch_size):
     if len(shape) != 4 or shape[-1] is None:
         raise ValueError(f"`x` must be images (B, H, W, C) with C known. Received: shape {shape}")
-    factor = 2 ** (levels - 1)
+    factor = patch_size * 2 ** (levels - 1)
     sizes = [size for size in shape[1:3] if size is not None]
     if any(size % factor for size in sizes):
         nearest = ", ".join(f"{size} -> {-(-size // factor) * factor}" for size in sizes)
         raise ValueError(
-            f"With {levels} levels, height and width are halved {levels - 1} times and must be "
-            f"multiples of {factor}. Received: {shape[1]}x{shape[2]}. Use fewer `widths`, or pad "
+            f"With {levels} levels and patches of {patch_size}, height and width must be multiples "
+            f"of {factor}. Received: {shape[1]}x{shape[2]}. Use fewer `widths`, or pad "
             f"the images ({nearest})."
         )
