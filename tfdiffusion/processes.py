@@ -483,7 +483,9 @@ class _BetaRange(Tabulated):
     ):
         steps = _check_timesteps(num_timesteps)
         # A chain of T steps must add as much noise as the published one of 1000.
-        self.beta_start = float(self._default_start * 1000 / steps if beta_start is None else beta_start)
+        self.beta_start = float(
+            self._default_start * 1000 / steps if beta_start is None else beta_start
+        )
         self.beta_end = float(self._default_end * 1000 / steps if beta_end is None else beta_end)
         super().__init__(*_chain(self._curve(steps, self.beta_start, self.beta_end)))
 
@@ -610,7 +612,9 @@ def zero_terminal_snr(process: Tabulated) -> Tabulated:
     """
     steps = process.num_timesteps
     times = np.arange(1, (steps or 0) + 1) / (steps or 1)
-    alphas, sigmas = (np.asarray(ops.convert_to_numpy(f(times))) for f in (process.alpha, process.sigma))
+    alphas, sigmas = (
+        np.asarray(ops.convert_to_numpy(f(times))) for f in (process.alpha, process.sigma)
+    )
     if steps is None or steps < 2 or not np.allclose(alphas**2 + sigmas**2, 1.0, atol=1e-5):
         raise ValueError(
             "zero_terminal_snr needs a variance-preserving chain of at least 2 steps, such as "

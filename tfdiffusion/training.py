@@ -310,11 +310,26 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         self.validation_loss.update_state(losses, t)
         return self.validation_loss.result()
 
-    def make_train_function(self, force: bool = False):
-        """Keras' hook before training; weights loaded since `build` enter the average here."""
+    def fit(self, x=None, y=None, **kwargs):
+        """Keras' `fit`; the objective needs no loss and no targets but labels.
+
+        Args:
+            x: images, or a data set of images or (images, labels).
+            y: labels, where x is an array.
+            **kwargs: the other arguments of `keras.Model.fit`, which checks them.
+
+        Returns:
+            Keras' `History`.
+        """
+        shape = _batch_shape(x)
+        # Built before it is traced, the training step is traced once instead of twice.
+        if not self.built and shape is not None:
+            self.build(shape)
         if self.built and int(self.ema.updates.value) == 0:
-            self.ema.reset()
-        return super().make_train_function(force)
+            self.ema.reset()  # weights loaded since `build` enter the average
+        if self.built and self.optimizer is not None and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        return super().fit(x, y, **kwargs)
 
     def _unpack(self, data):
         x_0, label, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -415,7 +430,9 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         sampler = samplers.get(sampler)
         visited = resolve_grid(self.raw, grid, steps)
         guided = labels is not None and guidance != 1.0
-        run = self._compiled_sampler(sampler, labels is not None, guided, threshold, ema, return_path)
+        run = self._compiled_sampler(
+            sampler, labels is not None, guided, threshold, ema, return_path
+        )
         chunks = []
         for first in range(0, num, batch_size):
             rows_ = np.arange(first, min(first + batch_size, num))
@@ -437,7 +454,15 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
 
     def _compiled_sampler(self, sampler, conditional, guided, threshold, ema, return_path):
         """One compiled loop for each kind of request, kept for the next."""
-        key = (type(sampler).__name__, repr(sampler), conditional, guided, threshold, ema, return_path)
+        key = (
+            type(sampler).__name__,
+            repr(sampler),
+            conditional,
+            guided,
+            threshold,
+            ema,
+            return_path,
+        )
         if key not in self._compiled_samplers:
             shape = self.sample_shape
 
@@ -473,6 +498,14 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
                 f"label must be integers from 0 to {self.num_classes - 1}. Received {label!r}."
             )
         return seeds, labels
+
+
+def _batch_shape(x) -> tuple | None:
+    """Shape of the first array in a batch of x, None if only Keras can tell."""
+    spec = getattr(x, "element_spec", x)  # tf.data says what its elements are
+    spec = spec[0] if isinstance(spec, tuple | list) and spec else spec
+    shape = getattr(spec, "shape", None)
+    return None if shape is None or len(shape) < 2 else tuple(shape)
 
 
 def _get_times(distribution):

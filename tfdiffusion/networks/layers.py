@@ -144,34 +144,33 @@ class GroupNormalization(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs, scale=None, shift=None):
-        channels = inputs.shape[-1]
-        size = channels // self.groups
-        space = tuple(range(1, len(inputs.shape) - 1))
-        count = size * math.prod(ops.shape(inputs)[axis] for axis in space)
+        channels, space = inputs.shape[-1], tuple(range(1, len(inputs.shape) - 1))
+        grouped = (self.groups, channels // self.groups)
+        count = grouped[1] * math.prod(ops.shape(inputs)[axis] for axis in space)
 
-        def pool(x):  # (B, ..., C) -> (B, G, 1), the mean over each group
-            x = ops.reshape(ops.sum(x, axis=space), (-1, self.groups, size))
-            return ops.sum(x, axis=-1, keepdims=True) / ops.cast(count, "float32")
+        def mean_of(x):  # (B, ..., C) -> (B, G, 1)
+            sums = ops.reshape(ops.sum(x, axis=space), (-1, *grouped))
+            return ops.sum(sums, axis=-1, keepdims=True) / ops.cast(count, "float32")
 
-        def spread(x):  # (B, G, 1) -> (B, 1, ..., C)
-            return ops.reshape(ops.repeat(x, size, axis=-1), (-1, *[1] * len(space), channels))
+        def split(x):  # (B, C) or (C,) -> (B or 1, G, C / G)
+            return ops.reshape(ops.cast(x, "float32"), (-1, *grouped))
 
-        def vector(x):  # (B, C) -> (B, 1, ..., C)
-            return ops.reshape(ops.cast(x, "float32"), (-1, *[1] * len(space), channels))
+        def join(x):  # (B, G, C / G) -> (B, 1, ..., C)
+            return ops.reshape(x, (-1, *[1] * len(space), channels))
 
         x = ops.cast(inputs, "float32")
-        mean = pool(x)
+        mean = mean_of(x)
         center = ops.stop_gradient(mean)
-        x = x - spread(center)
+        x = x - join(center + ops.zeros(grouped))
         mean = mean - center  # zero in value, not in its derivatives
-        variance = pool(ops.square(x)) - ops.square(mean)
+        variance = mean_of(ops.square(x)) - ops.square(mean)
 
-        multiplier = spread(ops.rsqrt(variance + self.epsilon)) * ops.cast(self.gamma, "float32")
-        offset = ops.cast(self.beta, "float32") - spread(mean) * multiplier
+        multiplier = ops.rsqrt(variance + self.epsilon) * split(self.gamma)  # (B, G, C / G)
+        offset = split(self.beta) - mean * multiplier
         if scale is not None:
-            factor = 1.0 + vector(scale)
-            multiplier, offset = multiplier * factor, offset * factor + vector(shift)
-        x = x * multiplier + offset
+            factor = 1.0 + split(scale)
+            multiplier, offset = multiplier * factor, offset * factor + split(shift)
+        x = x * join(multiplier) + join(offset)
         if self.activation == "silu":
             x = ops.silu(x)
         return ops.cast(x, self.compute_dtype)
@@ -324,7 +323,7 @@ class SelfAttention(keras.layers.Layer):
             layer = keras.layers.Dense(
                 channels, kernel_initializer=initializer, dtype=self.dtype_policy, name=name
             )
-            layer.build((None, None, channels))
+            layer.build((None, channels))
             return layer
 
         self.query, self.key, self.value = dense("query"), dense("key"), dense("value")
@@ -333,14 +332,18 @@ class SelfAttention(keras.layers.Layer):
 
     def call(self, inputs):
         _, height, width, channels = ops.shape(inputs)
-        x = ops.reshape(self.norm(inputs), (-1, height * width, channels))
-        heads = (-1, height * width, *self.split)
-        query = ops.reshape(self.query(x), heads) * self.split[1] ** -0.5
-        key, value = ops.reshape(self.key(x), heads), ops.reshape(self.value(x), heads)
-        scores = ops.cast(ops.einsum("bqhc,bkhc->bhqk", query, key), "float32")
-        weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
-        x = ops.reshape(ops.einsum("bhqk,bkhc->bqhc", weights, value), ops.shape(x))
-        x = ops.reshape(self.project(x), ops.shape(inputs))
+        tokens = height * width
+        x = ops.reshape(self.norm(inputs), (-1, channels))  # (B N, C)
+
+        def split(x, axes):  # (B N, C) -> (B, N, heads, head_dim), transposed
+            return ops.transpose(ops.reshape(x, (-1, tokens, *self.split)), axes)
+
+        query = split(self.query(x) * self.split[1] ** -0.5, (0, 2, 1, 3))  # (B, h, N, d)
+        key, value = split(self.key(x), (0, 2, 3, 1)), split(self.value(x), (0, 2, 1, 3))
+        weights = ops.softmax(ops.cast(ops.matmul(query, key), "float32"), axis=-1)
+        x = ops.matmul(ops.cast(weights, self.compute_dtype), value)
+        x = self.project(ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, channels)))
+        x = ops.reshape(x, (-1, height, width, channels))
         return _rescale(inputs + x, self.output_scale)
 
     def compute_output_shape(self, input_shape):

@@ -1,0 +1,683 @@
+"""The pictures of a diffusion project: image grids, sampling GIFs, curves and 2-D fields.
+
+Each function takes plain arrays (anything that `numpy.asarray` reads, also tensors of either
+backend) and returns what it drew, a `uint8` array or a matplotlib `Figure`. With a path it also
+saves it, by writing a file aside and renaming it, so that a reader never meets half a picture.
+
+Figures are made with matplotlib's object interface: no display is needed, no global state is
+touched, nothing has to be closed, and a figure shows itself as the last line of a notebook cell.
+Colours are those of Okabe and Ito, or of the `viridis` family, which colour-blind readers can
+tell apart.
+
+>>> import numpy as np
+>>> from tfdiffusion import plotting
+>>> plotting.image_grid(np.zeros((6, 8, 8, 1)), columns=3, padding=0, scale=2).shape
+(32, 48)
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_GRID_WIDTH = 720  # pixels that an automatic scale fills at most
+_MAX_SCALE = 16
+_GIF_BYTES = 5_000_000  # an automatic scale stays below
+_GREY_LEVELS = 16  # of a moving frame; noise has no use for more, and does not compress
+_CUBE_LEVELS = 6  # of each colour channel of a moving frame: 6**3 = 216 of a GIF's 256 colours
+_MIN_FRAME_MS = 20  # browsers slow faster frames down to 100 ms
+
+
+# ---------------------------------------------------------------------------------------- images
+
+
+def image_grid(
+    images: Any,
+    columns: int | None = None,
+    padding: int = 1,
+    scale: int | None = None,
+    background: int = 255,
+) -> np.ndarray:
+    """Lay images out in one picture, row by row.
+
+    Args:
+        images: (N, H, W, C) with C = 1 or 3; `uint8`, or floats in [-1, 1]. Floats outside are
+            clipped, as the states on a sampling path need.
+        columns: images in a row; about the square root of N when None.
+        padding: pixels around each image, before the enlargement.
+        scale: whole factor by which each pixel is repeated. None takes the largest that keeps
+            the picture within 720 pixels of width (and at most 16), so that small digits can
+            be seen.
+        background: grey level, 0 to 255, of the padding and of empty places.
+
+    Returns:
+        `uint8` array, (H', W') for one channel and (H', W', 3) for three.
+
+    Raises:
+        ValueError: on a wrong shape, a NaN or infinite value, or floats that look like [0, 255].
+        TypeError: on a data type that is neither `uint8` nor float.
+    """
+    pixels = _uint8(images, "images")
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or 0 in pixels.shape:
+        raise ValueError(
+            f"images has shape {pixels.shape}; expected (N, H, W, C) with N, H, W > 0 and C = 1 "
+            "or 3. Add the missing axis: x[None] for one image, x[..., None] for grey ones."
+        )
+    n, h, w, c = pixels.shape
+    columns = _default_columns(n) if columns is None else columns
+    if columns < 1 or padding < 0 or not 0 <= background <= 255:
+        raise ValueError(
+            f"columns={columns}, padding={padding}, background={background}; expected "
+            "columns >= 1, padding >= 0 and background from 0 to 255."
+        )
+    rows = math.ceil(n / columns)
+    cells = np.full((rows * columns, h + padding, w + padding, c), background, np.uint8)
+    cells[:n, padding:, padding:] = pixels
+    grid = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, C)
+    grid = grid.reshape(rows * (h + padding), columns * (w + padding), c)
+    grid = np.pad(grid, ((0, padding), (0, padding), (0, 0)), constant_values=background)
+    if scale is None:
+        scale = min(max(_GRID_WIDTH // grid.shape[1], 1), _MAX_SCALE)
+    if scale < 1:
+        raise ValueError(f"scale={scale}; expected a whole number from 1 on, or None.")
+    grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
+    return grid[..., 0] if c == 1 else grid
+
+
+def save_grid(
+    images: Any,
+    path: str | os.PathLike,
+    columns: int | None = None,
+    padding: int = 1,
+    scale: int | None = None,
+    background: int = 255,
+) -> np.ndarray:
+    """Save `image_grid(images, ...)` as a PNG file and return it.
+
+    Args:
+        images: as in `image_grid`.
+        path: file name ending in `.png`; missing folders are made.
+        columns: as in `image_grid`.
+        padding: as in `image_grid`.
+        scale: as in `image_grid`.
+        background: as in `image_grid`.
+
+    Returns:
+        The grid, `uint8`.
+
+    Raises:
+        ValueError: as `image_grid`, or when `path` does not end in `.png`.
+        TypeError: as `image_grid`.
+    """
+    import imageio.v3 as iio
+
+    path = _path(path, (".png",))
+    grid = image_grid(images, columns, padding, scale, background)
+    _write(path, iio.imwrite("<bytes>", grid, extension=".png"))
+    return grid
+
+
+def show_grid(
+    images: Any,
+    path: str | os.PathLike | None = None,
+    columns: int | None = None,
+    title: str | None = None,
+    row_labels: Sequence[str] | None = None,
+) -> Figure:
+    """Draw an image grid as a figure, with a title and a label for each row.
+
+    Args:
+        images: as in `image_grid`.
+        path: where to save it, `.png`, `.pdf` or `.svg`; not saved when None.
+        columns: images in a row; about the square root of N when None.
+        title: above the grid.
+        row_labels: one text for each row, at its left.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: as `image_grid`, or when the number of `row_labels` is not that of the rows.
+        TypeError: as `image_grid`.
+    """
+    grid = image_grid(images, columns)
+    height, width = grid.shape[:2]
+    n = len(np.asarray(images))
+    rows = math.ceil(n / (columns or _default_columns(n)))
+    if row_labels is not None and len(row_labels) != rows:
+        raise ValueError(f"{len(row_labels)} row_labels for {rows} rows of images.")
+    inches = width / 110
+    figure, axes = _figure(1, 1, inches + (0.8 if row_labels else 0), inches * height / width + 0.3)
+    ax = axes[0]
+    ax.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.set_yticks(
+        (np.arange(rows) + 0.5) * height / rows if row_labels else [], labels=row_labels or []
+    )
+    if title:
+        ax.set_title(title)
+    return _save(figure, path)
+
+
+def save_path_gif(
+    path_states: Any,
+    path: str | os.PathLike,
+    seconds: float = 3.5,
+    hold: float = 1.5,
+    frames: int = 48,
+    columns: int | None = None,
+    padding: int = 1,
+    scale: int | None = None,
+) -> np.ndarray:
+    """Save the way from noise to images as a GIF that loops forever.
+
+    Of a long path the frames are chosen so that each brings the picture about as much nearer to
+    its end as the others, which shows the interesting part of any schedule and of any sampler.
+    Frames in motion have few grey levels or colours, as noise does not compress; the last, which
+    is held, has all that a GIF can have.
+
+    Args:
+        path_states: (S, N, H, W, C), from noise to images, as `sample(..., return_path=True)`
+            gives it; floats are clipped to [-1, 1].
+        path: file name ending in `.gif`; missing folders are made.
+        seconds: how long the way takes, without the hold.
+        hold: seconds that the last state stays.
+        frames: the most frames to write; a path with fewer states gives one frame a state.
+        columns: as in `image_grid`.
+        padding: as in `image_grid`.
+        scale: as in `image_grid`. None also goes down until the file is below 5 MB.
+
+    Returns:
+        The indices of the states that became frames, increasing, the last one S - 1. States that
+        look the same become one frame, shown for as long as they would be together.
+
+    Raises:
+        ValueError: on a wrong shape, NaN, durations that are not positive or fewer than 2 frames.
+        TypeError: on a data type that is neither `uint8` nor float.
+    """
+    path = _path(path, (".gif",))
+    states = np.asarray(path_states)
+    if states.ndim != 5 or len(states) < 2:
+        raise ValueError(
+            f"path_states has shape {states.shape}; expected (S, N, H, W, C) with S >= 2 states, "
+            "as sample(..., return_path=True) returns."
+        )
+    if frames < 2 or not seconds > 0 or not hold > 0:
+        raise ValueError(
+            f"seconds={seconds}, hold={hold}, frames={frames}; expected both times positive and "
+            "at least 2 frames."
+        )
+    states = _uint8(states, "path_states")
+    chosen = _choose_frames(states, frames)
+    moving = max(round(seconds * 100 / (len(chosen) - 1)) * 10, _MIN_FRAME_MS)
+    durations = [moving] * (len(chosen) - 1) + [max(round(hold * 100) * 10, _MIN_FRAME_MS)]
+    grids = [image_grid(states[i], columns, padding, scale=1) for i in chosen]
+    factors = [scale]
+    if scale is None:
+        factors = range(min(max(_GRID_WIDTH // grids[0].shape[1], 1), _MAX_SCALE), 0, -1)
+    for factor in factors:
+        data = _encode_gif(grids, durations, factor)
+        if len(data) < _GIF_BYTES:
+            break
+    _write(path, data)
+    return chosen
+
+
+def _uint8(images: Any, name: str) -> np.ndarray:
+    """Pixels of `uint8` images, or of floats that are clipped to [-1, 1]."""
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    # numpy does not count bfloat16, a JAX and mixed-precision type, among the floats.
+    if not (np.issubdtype(images.dtype, np.floating) or images.dtype.name == "bfloat16"):
+        raise TypeError(
+            f"{name} has dtype {images.dtype}; expected uint8 in [0, 255] or floats in [-1, 1]."
+        )
+    images = images.astype("float32")
+    if not np.all(np.isfinite(images)):
+        count = int(np.sum(~np.isfinite(images)))
+        raise ValueError(f"{name} holds {count} NaN or infinite values of {images.size}.")
+    if images.size and images.min() >= 0 and images.max() > 2:
+        raise ValueError(
+            f"{name} are floats from {images.min():g} to {images.max():g}, which looks like "
+            "[0, 255]; expected [-1, 1]. Cast to uint8, or use x / 127.5 - 1."
+        )
+    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def _default_columns(n: int) -> int:
+    """The first divisor of n from its square root on, unless the grid would be very flat."""
+    root = math.isqrt(n - 1) + 1
+    return next((c for c in range(root, 2 * root) if n % c == 0), root)
+
+
+def _choose_frames(states: np.ndarray, frames: int) -> np.ndarray:
+    """Indices of states at equal steps of progress: half by time, half by nearness to the end."""
+    if len(states) <= frames:
+        return np.arange(len(states))
+    time = np.linspace(0, 1, len(states))
+    end = states[-1].astype("float32")
+    distance = np.array([np.sqrt(np.mean((s - end) ** 2)) for s in states])
+    nearness = np.maximum.accumulate(1 - distance / max(distance.max(), 1e-9))
+    progress = time + nearness  # strictly increasing
+    wanted = np.linspace(progress[0], progress[-1], frames)
+    return np.unique(np.rint(np.interp(wanted, progress, np.arange(len(states)))).astype(int))
+
+
+def _encode_gif(grids: list[np.ndarray], durations: list[int], scale: int) -> bytes:
+    """Encode with one palette for all moving frames, so that frames are stored as differences."""
+    from PIL import Image
+
+    cube = np.linspace(0, 255, _CUBE_LEVELS).round().astype(np.uint8)
+    cube = np.stack(np.meshgrid(cube, cube, cube, indexing="ij"), axis=-1).reshape(-1)
+    images = []
+    for i, grid in enumerate(grids):
+        grey, last = grid.ndim == 2, i == len(grids) - 1
+        if not last and grey:
+            step = 255 / (_GREY_LEVELS - 1)
+            grid = np.rint(np.rint(grid / step) * step).astype(np.uint8)
+        elif not last:
+            level = np.rint(grid / 255 * (_CUBE_LEVELS - 1)).astype(np.uint8)
+            grid = level @ np.array([_CUBE_LEVELS**2, _CUBE_LEVELS, 1], np.uint8)
+        image = Image.fromarray(grid)
+        if not grey and last:
+            image = image.quantize(256, dither=Image.Dither.NONE)
+        elif not grey:
+            image.putpalette(cube.tobytes())
+        size = (image.width * scale, image.height * scale)
+        images.append(image.resize(size, Image.Resampling.NEAREST))
+    file = io.BytesIO()
+    images[0].save(
+        file,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=durations,
+        loop=0,
+        optimize=True,  # store what changed only
+    )
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------- curves
+
+
+def loss_curve(history: Mapping[str, Sequence[float]], path: str | os.PathLike | None = None):
+    """Draw the loss of each epoch, and the validation loss by noise level where it is known.
+
+    Args:
+        history: the dictionary `keras.callbacks.History.history`: "loss", and where present
+            "val_loss" and the parts "val_loss_<name>" (for example q1 to q4, quarters of the
+            noise levels), which get a panel of their own. Other entries are left out.
+            Validation entries may be shorter, as `validation_freq` makes them.
+        path: where to save it, `.png`, `.pdf` or `.svg`; not saved when None.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        TypeError: if `history` is no mapping.
+        ValueError: if no finite value of "loss" or "val_loss" is there.
+    """
+    if not isinstance(history, Mapping):
+        raise TypeError(
+            f"history is a {type(history).__name__}; expected a dictionary of lists. "
+            "fit() returns an object whose attribute .history is one."
+        )
+    curves = {
+        key: np.asarray(values, "float64").reshape(-1)
+        for key, values in history.items()
+        if re.fullmatch(r"(val_)?loss|val_loss_.+", key)
+    }
+    curves = {key: values for key, values in curves.items() if np.isfinite(values).any()}
+    if not {"loss", "val_loss"} & set(curves):
+        raise ValueError(
+            f"history has the keys {sorted(history)}; expected a finite value in 'loss' or "
+            "'val_loss'."
+        )
+    epochs = max(len(values) for values in curves.values())
+    parts = _natural_order(key for key in curves if key.startswith("val_loss_"))
+    figure, axes = _figure(1, 2 if parts else 1, 9.6 if parts else 6.4, 3.8)
+    styles = {"loss": ("training", _PALETTE[0]), "val_loss": ("validation", _PALETTE[1])}
+    for key in [key for key in styles if key in curves]:
+        _plot_epochs(axes[0], curves[key], epochs, *styles[key])
+    shades = _shades(len(parts))
+    for key, colour in zip(parts, shades):
+        _plot_epochs(axes[1], curves[key], epochs, key.removeprefix("val_loss_"), colour)
+    titles = ["loss", "validation loss by noise level"]
+    shown = [[curves[key] for key in styles if key in curves], [curves[key] for key in parts]]
+    for ax, title, values in zip(axes, titles, shown):
+        ax.set(title=title, xlabel="epoch", ylabel="loss")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        _log_axis(ax, np.concatenate(values))
+        ax.legend(frameon=False)
+    missing = sum(int(np.sum(~np.isfinite(values))) for values in curves.values())
+    if missing:
+        axes[0].set_title(f"loss ({missing} non-finite values not shown)")
+    return _save(figure, path)
+
+
+def schedule_curves(processes: Any, path: str | os.PathLike | None = None) -> Figure:
+    """Draw alpha, sigma and the log signal-to-noise ratio of processes over t.
+
+    Args:
+        processes: one process, a list of them, or a dictionary from the name to show to the
+            process; an object with `alpha(t)`, `sigma(t)` and `log_snr(t)` for t of shape (T,).
+        path: where to save it, `.png`, `.pdf` or `.svg`; not saved when None.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        TypeError: if something given is no process.
+        ValueError: if none is given.
+    """
+    if not isinstance(processes, Mapping):
+        several = list(processes) if isinstance(processes, list | tuple) else [processes]
+        processes = _named(several)
+    if not processes:
+        raise ValueError("processes is empty; expected at least one process.")
+    for name, process in processes.items():
+        for method in ("alpha", "sigma", "log_snr"):
+            if not callable(getattr(process, method, None)):
+                raise TypeError(
+                    f"{name!r} is a {type(process).__name__} without {method}(t); expected "
+                    "processes, as tfdiffusion.processes.get(name) gives them."
+                )
+    t = np.linspace(0, 1, 401, dtype="float32")
+    figure, axes = _figure(1, 3, 11.5, 3.6)
+    panels = [
+        ("alpha", r"signal scale $\alpha(t)$"),
+        ("sigma", r"noise scale $\sigma(t)$"),
+        ("log_snr", r"log-SNR $\ln\,\alpha^2/\sigma^2$"),
+    ]
+    for ax, (method, title) in zip(axes, panels):
+        for i, (name, process) in enumerate(processes.items()):
+            values = np.asarray(getattr(process, method)(t), "float64").reshape(-1)
+            values = np.where(np.isfinite(values), values, np.nan)  # the ends may be infinite
+            dash = ("-", "--", ":")[i // len(_PALETTE) % 3]
+            ax.plot(t, values, dash, color=_PALETTE[i % len(_PALETTE)], label=name)
+        ax.set(title=title, xlabel="t (0: data, 1: noise)", xlim=(0, 1))
+    low, high = axes[1].get_ylim()
+    if high > 4:  # a variance-exploding process
+        axes[1].set_yscale("symlog", linthresh=1)
+        axes[1].set_ylim(min(low, 0), high * 1.2)
+    if len(processes) > 1:
+        columns = min(len(processes), 6)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return _save(figure, path)
+
+
+def _plot_epochs(ax: Axes, values: np.ndarray, epochs: int, label: str, colour: Any) -> None:
+    """Plot at the epochs 1, 2, ..., or at every k-th for a curve that is shorter."""
+    every = max(epochs // len(values), 1)
+    marker = "o" if len(values) < 30 else None
+    ax.plot(
+        every * np.arange(1, len(values) + 1),
+        values,
+        color=colour,
+        label=label,
+        marker=marker,
+        markersize=3.5,
+    )
+
+
+def _log_axis(ax: Axes, values: np.ndarray) -> None:
+    """Use a logarithmic y axis with plain numbers where the values span more than a factor 3."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = values[np.isfinite(values)]
+    if values.min() <= 0 or values.max() < 3 * values.min():
+        return
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _natural_order(keys: Any) -> list[str]:
+    """Sort with q2 before q10."""
+    return sorted(keys, key=lambda key: [int(d or 0) or w for d, w in _split_digits(key)])
+
+
+def _split_digits(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"(\d+)|(\D+)", text)
+
+
+def _named(objects: Sequence[Any]) -> dict[str, Any]:
+    """Name each object by its class, with a number where a class comes twice."""
+    names: dict[str, Any] = {}
+    for item in objects:
+        base = getattr(item, "name", None) or type(item).__name__
+        name, i = base, 2
+        while name in names:
+            name, i = f"{base} {i}", i + 1
+        names[name] = item
+    return names
+
+
+# ----------------------------------------------------------------------------------- two dimensions
+
+
+def scatter_2d(
+    samples: Any,
+    path: str | os.PathLike | None = None,
+    limits: tuple[float, float] | None = None,
+    titles: Sequence[str] | None = None,
+) -> Figure:
+    """Draw sets of points in the plane side by side, on the same axes.
+
+    Args:
+        samples: (N, 2), or a list of such arrays, or an array (S, N, 2), for example the states
+            on a sampling path, or a dictionary from title to array.
+        path: where to save it, `.png`, `.pdf` or `.svg`; not saved when None.
+        limits: (low, high) of both axes; from the data when None.
+        titles: one for each set; not with a dictionary, whose keys are the titles.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: on a wrong shape, NaN, or a wrong number of titles.
+    """
+    if isinstance(samples, Mapping):
+        if titles is not None:
+            raise ValueError("titles come with a dictionary of samples; its keys are the titles.")
+        titles, sets = [str(key) for key in samples], list(samples.values())
+    else:
+        single = not isinstance(samples, list | tuple) and np.ndim(samples) == 2
+        sets = [samples] if single else list(samples)
+        titles = [""] * len(sets) if titles is None else list(titles)
+    if not sets or len(titles) != len(sets):
+        raise ValueError(f"{len(titles)} titles for {len(sets)} sets of points.")
+    sets = [_points(points, f"samples[{i}]") for i, points in enumerate(sets)]
+    limits = _limits(limits, np.concatenate(sets))
+    columns = min(len(sets), 5)
+    rows = math.ceil(len(sets) / columns)
+    side = 4.6 if len(sets) == 1 else 2.8
+    figure, axes = _figure(rows, columns, side * columns, (side + 0.25) * rows, same_axes=True)
+    for ax in axes[len(sets) :]:
+        ax.set_visible(False)
+    for ax, points, title in zip(axes, sets, titles):
+        size = float(np.clip(6000 / len(points), 1.5, 14))
+        alpha = float(np.clip(1500 / len(points), 0.25, 0.8))
+        ax.scatter(*points.T, s=size, alpha=alpha, color=_PALETTE[0], linewidths=0)
+        ax.set(title=title, xlim=limits, ylim=limits, aspect="equal")
+    return _save(figure, path)
+
+
+def field_2d(
+    fn: Callable[[np.ndarray], Any],
+    path: str | os.PathLike | None = None,
+    limits: tuple[float, float] | None = None,
+    samples: Any = None,
+    density: Callable[[np.ndarray], Any] | None = None,
+    resolution: int = 24,
+    title: str | None = None,
+) -> Figure:
+    """Draw a vector field in the plane: a score, a velocity, a denoiser's correction.
+
+    Arrows have the field's direction; their length is compressed to the square root of its norm,
+    and the colour tells the norm itself, so that a score, which is large far from the data and
+    small near them, can be read in both places.
+
+    Args:
+        fn: maps points, `float32` of shape (N, 2), to vectors of shape (N, 2).
+        path: where to save it, `.png`, `.pdf` or `.svg`; not saved when None.
+        limits: (low, high) of both axes; around `samples` when None, else (-2, 2).
+        samples: (M, 2) points to draw below the arrows.
+        density: maps points (N, 2) to a density or log density (N,), drawn as contours below.
+        resolution: arrows along each axis.
+        title: above the field.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: on a wrong shape, or on values of the field that are not finite.
+    """
+    points = None if samples is None else _points(samples, "samples")
+    limits = (-2.0, 2.0) if limits is None and points is None else _limits(limits, points)
+    if resolution < 2:
+        raise ValueError(f"resolution={resolution}; expected at least 2 arrows along each axis.")
+    margin = (limits[1] - limits[0]) / (2 * resolution)
+    places = _mesh((limits[0] + margin, limits[1] - margin), resolution)
+    vectors = np.asarray(fn(places), "float64")
+    if vectors.shape != places.shape:
+        raise ValueError(f"fn gave shape {vectors.shape} for points of shape {places.shape}.")
+    if not np.all(np.isfinite(vectors)):
+        bad = int(np.sum(~np.isfinite(vectors).all(axis=1)))
+        raise ValueError(f"fn gave NaN or infinite vectors at {bad} of {len(places)} points.")
+
+    figure, axes = _figure(1, 1, 5.6, 4.8)
+    ax = axes[0]
+    ax.grid(False)
+    if density is not None:
+        fine = 128
+        heights = np.asarray(density(_mesh(limits, fine)), "float64").reshape(fine, fine)
+        line = np.linspace(*limits, fine)
+        ax.contourf(line, line, heights, levels=14, cmap="Greys", alpha=0.6)
+    if points is not None:
+        size = float(np.clip(6000 / len(points), 1.5, 12))
+        ax.scatter(*points.T, s=size, alpha=0.5, color=_PALETTE[4], linewidths=0)
+    norms = np.linalg.norm(vectors, axis=1)
+    lengths = np.sqrt(norms / max(norms.max(), 1e-30))
+    spacing = (limits[1] - limits[0]) / resolution
+    arrows = vectors / np.maximum(norms, 1e-30)[:, None] * (0.95 * spacing * lengths)[:, None]
+    quiver = ax.quiver(
+        *places.T, *arrows.T, norms, cmap="viridis", angles="xy", scale_units="xy", scale=1
+    )
+    figure.colorbar(quiver, ax=ax, label="norm", shrink=0.85)
+    ax.set(title=title or "", xlim=limits, ylim=limits, aspect="equal")
+    return _save(figure, path)
+
+
+def _points(points: Any, name: str) -> np.ndarray:
+    points = np.asarray(points, "float64")
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
+        raise ValueError(f"{name} has shape {points.shape}; expected (N, 2) with N > 0.")
+    if not np.all(np.isfinite(points)):
+        raise ValueError(f"{name} holds {int(np.sum(~np.isfinite(points)))} NaN or infinities.")
+    return points
+
+
+def _limits(limits: tuple[float, float] | None, points: np.ndarray) -> tuple[float, float]:
+    """Check the limits, or make a square around the points."""
+    if limits is None:
+        margin = 0.05 * np.ptp(points) or 1.0
+        return float(points.min() - margin), float(points.max() + margin)
+    low, high = limits
+    if not low < high:
+        raise ValueError(f"limits={limits}; expected (low, high) with low < high.")
+    return float(low), float(high)
+
+
+def _mesh(limits: tuple[float, float], n: int) -> np.ndarray:
+    """Points (n*n, 2) of a square lattice, x fastest."""
+    line = np.linspace(*limits, n, dtype="float32")
+    return np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
+
+
+# ----------------------------------------------------------------------------- figures and files
+
+
+@functools.cache
+def _figure_class() -> type:
+    """A matplotlib Figure that notebooks can show although pyplot was never imported."""
+    from matplotlib.figure import Figure
+
+    class TfdFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            return _render(self, "png")
+
+    return TfdFigure
+
+
+def _figure(
+    rows: int, columns: int, width: float, height: float, same_axes: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A new figure and its axes as a flat list, in the library's plain style."""
+    figure = _figure_class()(figsize=(width, height), dpi=140, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=same_axes, sharey=same_axes)
+    axes = list(axes.flat)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, color="0.9", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.title.set_fontsize(11)
+    return figure, axes
+
+
+def _shades(n: int) -> list[Any]:
+    """Colours in an order, dark to light."""
+    from matplotlib import colormaps
+
+    return list(colormaps["viridis"](np.linspace(0.05, 0.85, max(n, 1))))
+
+
+def _render(figure: Figure, kind: str) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, facecolor="white")
+    return file.getvalue()
+
+
+def _save(figure: Figure, path: str | os.PathLike | None) -> Figure:
+    if path is not None:
+        path = _path(path, (".png", ".pdf", ".svg"))
+        _write(path, _render(figure, path.suffix[1:].lower()))
+    return figure
+
+
+def _path(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"path={str(path)!r}; expected a name ending in {' or '.join(suffixes)}.")
+    return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write aside, then rename: readers see the old file or the new one, nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
