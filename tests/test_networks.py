@@ -120,6 +120,20 @@ def make(request):
     return MAKE[request.param]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Most of the time goes into compiling small networks."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @functools.cache
 def shared(name):
     """A conditional network with random weights, and the output that it had before those."""
@@ -353,6 +367,7 @@ def test_build_makes_all_weights(network):
     assert all(layer.built for layer in network._flatten_layers())
 
 
+@fewer_networks
 def test_saved_networks_load_with_the_same_outputs(network, tmp_path):
     network.save(tmp_path / "network.keras")
     loaded = keras.models.load_model(tmp_path / "network.keras")
@@ -422,17 +437,19 @@ def test_the_null_label_has_its_own_row(network):
     assert np.abs(after[2] - before[2]).max() > 1e-6
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_dtype_policies(policy):
-    for make in (unet_attention, mlp):
-        reference, network = ready(make()), ready(make(dtype=policy))
-        network.set_weights(reference.get_weights())
-        data = inputs(network)
-        expected, output = run(reference, data), run(network, data)
-        assert output.dtype == np.float32
-        error = output - expected
-        assert np.sqrt(np.mean(error**2)) < 0.03 * np.std(expected)
-        assert np.abs(error).max() > 0  # it did compute in the lower precision
+@pytest.mark.parametrize(
+    ("name", "policy"), [("unet-attention", "mixed_bfloat16"), ("mlp", "mixed_float16")]
+)
+def test_dtype_policies(name, policy):
+    reference = shared(name)[0]
+    network = ready(MAKE[name](num_classes=CLASSES, dtype=policy))
+    network.set_weights(reference.get_weights())
+    data = inputs(network)
+    expected, output = run(reference, data), run(network, data)
+    assert output.dtype == np.float32
+    error = output - expected
+    assert np.sqrt(np.mean(error**2)) < 0.03 * np.std(expected)
+    assert np.abs(error).max() > 0  # it did compute in the lower precision
 
 
 def test_times_keep_their_digits_under_mixed_precision():
@@ -471,20 +488,19 @@ def test_runs_inside_a_compiled_loop(network):
 @fewer_networks
 def test_weights_can_be_substituted(network):
     """As EMA weights are: the output follows them and the variables stay."""
-    other = ready(type(network).from_config(network.get_config()), seed=1)
-    data, before = inputs(network), network.get_weights()
-    mapping = [
-        (mine, ops.convert_to_tensor(theirs.value))
-        for mine, theirs in zip(network.variables, other.variables)
-    ]
+    data, original = inputs(network), network.get_weights()
+    randomize(network, seed=1)
+    others, expected = network.get_weights(), run(network, data)
+    network.set_weights(original)
+    mapping = [(v, ops.convert_to_tensor(other)) for v, other in zip(network.weights, others)]
 
     def substituted(data):
         with keras.StatelessScope(state_mapping=mapping):
             return network(data)
 
     output = numpy_of(compiled(substituted)(data))
-    np.testing.assert_allclose(output, run(other, data), atol=1e-4, rtol=1e-4)
-    assert all(np.array_equal(a, b) for a, b in zip(before, network.get_weights()))
+    np.testing.assert_allclose(output, expected, atol=1e-4, rtol=1e-4)
+    assert all(np.array_equal(a, b) for a, b in zip(original, network.get_weights()))
 
 
 @fewer_networks

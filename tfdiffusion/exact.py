@@ -1,8 +1,9 @@
 """Data whose score is known at every noise level: Gaussian mixtures.
 
-If x_0 is drawn from Σ_k w_k N(μ_k, v_k I), then x_t is drawn from Σ_k w_k N(α μ_k, (α² v_k + σ²) I),
-so density, score and E[x_0 | x_t] are closed forms. A sampler run on the exact denoiser shows its own
-error and nothing else; a trained network can be held against it point by point.
+If x_0 is drawn from Σ_k w_k N(μ_k, v_k I), then x_t is drawn from
+Σ_k w_k N(α μ_k, (α² v_k + σ²) I), so density, score and E[x_0 | x_t] are closed forms. A sampler
+run on the exact denoiser shows its own error and nothing else; a trained network can be held
+against it point by point.
 """
 
 from __future__ import annotations

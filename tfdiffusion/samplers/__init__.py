@@ -1,4 +1,4 @@
-"""From noise to samples: `step(denoiser, carry, t, s, keys) -> carry`, and the one loop around it."""
+"""From noise to samples: `step(denoiser, carry, t, s, keys) -> carry`, and the one loop."""
 
 from tfdiffusion.samplers.ancestral import DDIM, DDPM
 from tfdiffusion.samplers.base import Sampler, get, names, register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from keras import ops
@@ -158,7 +159,7 @@ def resolve_grid(denoiser: Denoiser, grid: str | Sequence[float], steps: int):
         check_steps(steps, denoiser.process)
         return make_grid(grid, steps, denoiser.process, denoiser.latest, dtype)
     times = [float(t) for t in grid]
-    falling = all(t > s for t, s in zip(times, times[1:]))
+    falling = all(t > s for t, s in itertools.pairwise(times))
     if not times or not falling or times[-1] <= 0.0 or times[0] > denoiser.latest:
         raise ValueError(
             f"A grid must fall strictly within (0, {denoiser.latest:g}]. "
