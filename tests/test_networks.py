@@ -12,6 +12,7 @@ from keras import ops
 
 from tfdiffusion import networks
 from tfdiffusion.networks import MLP, GroupNormalization, TimeEmbedding, UNet
+from tfdiffusion.networks.unet import from_patches, to_patches
 
 CLASSES = 5
 UNET = {"out_channels": 3, "widths": (8, 8), "blocks_per_level": 1, "groups": 4}
@@ -531,6 +532,19 @@ def test_28_by_28_has_three_levels():
     network.build({"x": (None, 28, 28, 1), "time": (None,)})
     data = {"x": np.zeros((1, 28, 28, 1), "float32"), "time": np.zeros(1, "float32")}
     assert run(network, data).shape == (1, 28, 28, 1)
+
+
+def test_patches_are_blocks_of_pixels():
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype("float32")
+    patches = numpy_of(to_patches(x, 2))
+    np.testing.assert_array_equal(patches[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
+    np.testing.assert_array_equal(numpy_of(from_patches(patches, 2)), x)
+    network = unet(patch_size=2, widths=(8,))
+    network.build({"x": (None, 4, 6, 3), "time": (None,)})
+    assert network.conv_in.kernel.shape[2] == network.conv_out.kernel.shape[3] == 12
+    assert run(network, {"x": x, "time": np.ones(2, "float32")}).shape == x.shape
+    with pytest.raises(ValueError, match=r"patches of 2.*multiples of 2.*5x6.*5 -> 6"):
+        unet(patch_size=2, widths=(8,)).build({"x": (None, 5, 6, 3), "time": (None,)})
 
 
 def test_blocks_can_differ_by_level():

@@ -38,7 +38,8 @@ class UNet(keras.Model):
     Args:
         out_channels: Channels of the output, usually those of the image.
         widths: Channels of each level; every level but the first has half the size of the one
-            before it. Height and width must be multiples of `2 ** (len(widths) - 1)`.
+            before it. Height and width must be multiples of
+            `patch_size * 2 ** (len(widths) - 1)`.
         blocks_per_level: Residual blocks of each encoder level, an int or one per level; a decoder
             level has one more.
         attention_levels: Indices of the levels with self-attention, 0 being the full size.
@@ -55,7 +56,8 @@ class UNet(keras.Model):
         downsample_padding: Of the strided convolution: 0 pads below and right, 1 all around.
         dropout: Dropout rate inside the residual blocks.
         output_scale: Divides each sum of shortcut and branch, e.g. sqrt(2).
-        time_embedding: `"sinusoidal"` or `"fourier"`.
+        time_embedding: `"sinusoidal"`, with `widths[0]` features, or `"fourier"`, with as many
+            frequencies, so twice the features.
         time_width: Size of the embedding. Default: `4 * widths[0]`.
         freq_shift, flip_sin_to_cos, fourier_scale: See `TimeEmbedding`.
         num_classes: Number of classes, or `None`. The embedding has one row more: label
@@ -163,7 +165,7 @@ class UNet(keras.Model):
         self.num_classes = num_classes
         self.time_embedding = TimeEmbedding(
             time_width,
-            features=widths[0],
+            features=2 * widths[0] if time_embedding == "fourier" else widths[0],
             kind=time_embedding,
             freq_shift=freq_shift,
             flip_sin_to_cos=flip_sin_to_cos,
@@ -253,7 +255,7 @@ class UNet(keras.Model):
                 x = layer(x, embedding, training=training) if _is_conditioned(layer) else layer(x)
             return x
 
-        x = _to_patches(ops.cast(inputs["x"], self.compute_dtype), self.patch_size)
+        x = to_patches(ops.cast(inputs["x"], self.compute_dtype), self.patch_size)
         x = self.conv_in(x)
         skips = [x]
         for step in self.encoder:
@@ -265,7 +267,7 @@ class UNet(keras.Model):
                 x = ops.concatenate([x, skips.pop()], axis=-1)
             x = run(step, x)
         x = ops.cast(self.conv_out(self.norm_out(x)), "float32")
-        return _from_patches(x, self.patch_size)
+        return from_patches(x, self.patch_size)
 
     def compute_output_shape(self, input_shape):
         return (*input_shape["x"][:-1], self.out_channels)
@@ -274,7 +276,7 @@ class UNet(keras.Model):
         return {**super().get_config(), **self._config}
 
 
-def _to_patches(x, size):
+def to_patches(x, size):
     """(B, H, W, C) -> (B, H / size, W / size, size² C)."""
     if size == 1:
         return x
@@ -284,8 +286,8 @@ def _to_patches(x, size):
     return ops.reshape(x, (-1, height // size, width // size, size * size * channels))
 
 
-def _from_patches(x, size):
-    """The inverse of `_to_patches`."""
+def from_patches(x, size):
+    """The inverse of `to_patches`."""
     if size == 1:
         return x
     _, height, width, channels = ops.shape(x)
