@@ -370,12 +370,9 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         """
         model = DiffusionModel.from_config({**self.get_config(), "ema_decay": None})
         model.build((None, *self.sample_shape))
-        for mine, (_, value) in zip(model.network.variables, self._averaged()):
-            mine.assign(value)
-        if self.ema is not None:
-            names = {id(v): w for v, w in zip(self.network.variables, model.network.variables)}
-            for variable, value in self.ema.pairs():
-                names[id(variable)].assign(value)
+        values = {id(variable): value for variable, value in self._averaged()}  # averages last
+        for theirs, mine in zip(self.network.variables, model.network.variables):
+            mine.assign(values[id(theirs)])
         return model
 
     def guided(
