@@ -6,6 +6,8 @@ training step, compilation of a function that reads variables, a derivative, the
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import keras
@@ -161,6 +163,37 @@ def compiled(function: Callable, variables: Sequence) -> Callable:
             return function(*args)
 
     return lambda *args: pure([v.value for v in variables], *args)
+
+
+def traced_once(function: Callable) -> Callable:
+    """Makes an elementwise function of uint32 tensors one node in the graphs that call it.
+
+    Tracing costs time for each operation. What is used in many places, such as the random number
+    generator, is traced once for all shapes here; compilers inline it, so running costs the same.
+
+    Args:
+        function: elementwise; takes any number of uint32 tensors and returns a tuple of them.
+
+    Returns:
+        A callable with the signature of `function`.
+    """
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        count = len(inspect.signature(function).parameters)
+        any_shape = [tf.TensorSpec(None, "uint32")] * count
+        graph = tf.function(function, input_signature=any_shape, autograph=False)
+
+        @functools.wraps(function)
+        def call(*tensors):
+            tensors = [tf.convert_to_tensor(t, "uint32") for t in tensors]
+            shape = functools.reduce(tf.broadcast_static_shape, (t.shape for t in tensors))
+            return tuple(tf.ensure_shape(output, shape) for output in graph(*tensors))
+
+        return call
+    import jax
+
+    return jax.jit(function)
 
 
 def derivative(function: Callable, t):
