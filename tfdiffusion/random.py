@@ -14,13 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
+from tfdiffusion._backend import traced_once
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
-# Words of the counter block that keep the three uses of a key apart.
+# Words of the counter block that keep the two uses of a key apart.
 _BITS, _FOLD = 0, 1
+# Elements that fill any vector register. TensorFlow's log and cos round the rest of an array, which
+# does not fill one, differently, and then a row would depend on the batch around it.
+_VECTOR = 16
 
 
 def _rotate_left(x, distance: int):
@@ -28,6 +34,7 @@ def _rotate_left(x, distance: int):
     return ops.bitwise_or(left, ops.bitwise_right_shift(x, np.uint32(32 - distance)))
 
 
+@traced_once
 def threefry(key_0, key_1, counter_0, counter_1):
     """Encrypts a 64-bit counter with a 64-bit key: Threefry-2x32-20.
 
@@ -64,20 +71,27 @@ def keys(seeds):
     Raises:
         TypeError: If the seeds are not integers.
     """
-    if isinstance(seeds, int | np.integer | Sequence | np.ndarray):
+    if isinstance(seeds, np.ndarray | np.generic) or not hasattr(seeds, "dtype"):
         array = np.atleast_1d(np.asarray(seeds))
         if array.dtype.kind not in "iu" or array.ndim != 1:
-            raise TypeError(
-                f"Seeds must be one integer or a vector of them. Received {seeds!r}; "
-                "pass for example seed=0 or seed=[3, 7]."
-            )
+            raise _not_seeds(seeds)
         words = array.astype(np.int64).view(np.uint64)
         low, high = words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)
         return ops.convert_to_tensor(np.stack([low, high], -1).astype("uint32"))
-    dtype = ops.dtype(seeds) if hasattr(ops, "dtype") else str(seeds.dtype)
+    dtype = keras.backend.standardize_dtype(seeds.dtype)
+    if dtype not in ("int32", "int64") or len(seeds.shape) > 1:
+        raise _not_seeds(seeds)
+    seeds = ops.reshape(seeds, (-1,))
     # An arithmetic shift by 31 spreads the sign of an int32 over the high word.
-    high = ops.right_shift(seeds, 32 if "int64" in str(dtype) else 31)
+    high = ops.right_shift(seeds, 32 if dtype == "int64" else 31)
     return ops.stack([ops.cast(seeds, "uint32"), ops.cast(high, "uint32")], axis=-1)
+
+
+def _not_seeds(seeds) -> TypeError:
+    return TypeError(
+        f"Seeds must be one integer or a vector of them (tensors: int32 or int64). Received "
+        f"{seeds!r}; pass for example seed=0 or seed=[3, 7]."
+    )
 
 
 def fold_in(keys, data):
@@ -85,7 +99,7 @@ def fold_in(keys, data):
 
     Args:
         keys: uint32 tensor (B, 2) or (1, 2).
-        data: integer scalar, or integers of shape (B,).
+        data: integer scalar, or integers of shape (B,), from 0 to 2³² − 1.
 
     Returns:
         uint32 tensor (B, 2).
@@ -140,8 +154,10 @@ def normal(keys, shape: Sequence[int] = ()):
         float32 tensor (B, *shape), each element N(0, 1) (Box and Muller, 1958).
     """
     size = math.prod(shape)
-    words_0, words_1 = bits(keys, (size + 1) // 2)
+    count = (size + 1) // 2
+    words_0, words_1 = bits(keys, -(-count // _VECTOR) * _VECTOR)
     radius = ops.sqrt(-2.0 * ops.log(_unit(words_0)))
     angle = (2.0 * math.pi) * _unit(words_1)
-    pair = ops.concatenate([radius * ops.cos(angle), radius * ops.sin(angle)], axis=-1)
+    cosines, sines = radius * ops.cos(angle), radius * ops.sin(angle)
+    pair = ops.concatenate([cosines[:, :count], sines[:, :count]], axis=-1)
     return ops.reshape(pair[:, :size], (-1, *shape))
