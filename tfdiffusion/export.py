@@ -125,7 +125,8 @@ class _Graph:
         self.grid, self.steps, self.batch_invariant = grid, steps, batch_invariant
         self.shape = model.sample_shape
         self.is_image = len(self.shape) == 3
-        averages = {id(variable): value for variable, value in model.ema.pairs()}
+        pairs = [] if model.ema is None else model.ema.pairs()
+        averages = {id(variable): value for variable, value in pairs}
         # Copies: SavedModels keep whatever they refer to, and would keep the raw weights as well.
         self.weights = [
             (v, tf.Variable(averages.get(id(v), ops.convert_to_tensor(v)), False, name=v.path))
@@ -151,24 +152,22 @@ class _Graph:
             return tf.function(function, autograph=False).get_concrete_function(**inputs)
 
         name = "images" if self.is_image else "samples"
+        pixels = _pixels if self.is_image else tf.identity
 
-        def draw(inputs, num_steps=None):
-            pixels = _pixels if self.is_image else tf.identity
-            return {name: pixels(self._draw(inputs, num_steps))}
+        def draw(**inputs):
+            return {name: pixels(self._draw(inputs))}
 
         functions = {
-            "serving_default": traced(lambda **inputs: draw(inputs), self.rows),
+            "serving_default": traced(draw, self.rows),
             "sample_float": traced(lambda **inputs: {name: self._draw(inputs)}, self.rows),
             "denoise": traced(lambda **inputs: {"x_0": self._denoise(inputs)}, self._noisy_rows()),
         }
         if isinstance(self.grid, str):
-            functions["sample_steps"] = traced(
-                lambda num_steps, **inputs: draw(inputs, num_steps),
-                {**self.rows, "num_steps": tf.TensorSpec([], tf.int32, "num_steps")},
-            )
+            num_steps = tf.TensorSpec([], tf.int32, "num_steps")
+            functions["sample_steps"] = traced(draw, {**self.rows, "num_steps": num_steps})
         if self.is_image and self.shape[-1] in _PNG_CHANNELS:
             functions["sample_png"] = traced(
-                lambda **inputs: {"image_bytes": _png(_pixels(self._draw(inputs)))}, self.rows
+                lambda **inputs: {"image_bytes": _png(pixels(self._draw(inputs)))}, self.rows
             )
         return functions
 
@@ -196,12 +195,12 @@ class _Graph:
             rows["label"] = self.rows["label"]
         return rows
 
-    def _draw(self, inputs: dict, num_steps=None):
+    def _draw(self, inputs: dict):
         """Samples for the inputs of a signature, once they are in order."""
         rows = self._checked([inputs[name] for name in self.rows], list(self.rows))
-        if num_steps is None:
-            return self.sample(resolve_grid(self.model.raw, self.grid, self.steps), *rows)
-        return self.sample(self._visited(num_steps), *rows)
+        if "num_steps" in inputs:
+            return self.sample(self._visited(inputs["num_steps"]), *rows)
+        return self.sample(resolve_grid(self.model.raw, self.grid, self.steps), *rows)
 
     def _visited(self, num_steps):
         import tensorflow as tf
