@@ -1,0 +1,367 @@
+"""The arguments of the command line and the texts of its help, which come without Keras."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+# The defaults were chosen so that the digits take about a minute on two cores, and images of
+# 28x28 or 32x32 an hour.
+DIGITS_STEPS, OTHER_STEPS = 1000, 6000
+
+_DESCRIPTION = """\
+Train diffusion models, draw images from them, export them.
+
+A diffusion model learns to remove noise from images. Drawing one starts from pure noise and
+removes it step by step.
+"""
+
+_EXAMPLES = """\
+begin with:
+  tfdiffusion train                                  a minute or two, on 1,797 handwritten digits
+  tfdiffusion sample runs/digits --label 3 --out threes.png
+  tfdiffusion COMMAND --help                         what the options mean, with examples
+"""
+
+_TRAIN = """\
+Train a model and leave a folder with everything one wants of it:
+
+  model.keras     the model, for `tfdiffusion sample` and tfdiffusion.models.load
+  samples.png     images that it draws, a column for each class
+  sampling.gif    the way from noise to these images
+  loss.png        loss on the training images and on images held out, with the numbers
+                  in history.json
+  saved_model/    the whole sampler for TensorFlow Serving and tf.saved_model.load
+  run.json        the arguments and versions
+
+Ctrl-C stops the training and keeps the model as it is then.
+"""
+
+_TRAIN_EXAMPLES = """\
+examples:
+  tfdiffusion train
+  tfdiffusion train --data mnist --steps 6000
+  tfdiffusion train --data photos/ --image-size 64 --unconditional --flip --out runs/photos
+  tfdiffusion train --data cifar10 --size base --epochs 300 --mixed-precision   (on a GPU)
+"""
+
+_SAMPLE_EXAMPLES = """\
+MODEL is a .keras file, a folder that `tfdiffusion train` wrote, or a model that ships with the
+package: {names}. Image i has the seed SEED + i and does not depend on the others.
+
+examples:
+  tfdiffusion sample runs/digits
+  tfdiffusion sample runs/digits --label 3 --guidance 2 --num 16 --out threes.png --gif threes.gif
+"""
+
+_EXPORT_EXAMPLES = """\
+The folder takes seeds (and labels and a guidance) and gives images, in any program that runs
+TensorFlow: neither Keras nor this package is needed there.
+
+example:
+  tfdiffusion export runs/digits served/digits/1 --steps 25
+"""
+
+
+class Failure(Exception):
+    """It could not be done; the message is one line for the person at the terminal."""
+
+    code = 1
+
+
+class UsageError(Failure):
+    """An argument is wrong."""
+
+    code = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors, one line each."""
+
+    def __init__(self, **kwargs):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UsageError(f"{message.strip()}  (see `{self.prog} --help`)")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the arguments of a command; UsageError if one is unknown or of the wrong kind."""
+    from tfdiffusion import __version__
+
+    parser = _Parser(prog="tfdiffusion", description=_DESCRIPTION, epilog=_EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"tfdiffusion {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    parsers = {
+        "train": _train_parser(commands),
+        "sample": _sample_parser(commands),
+        "export": _export_parser(commands),
+        "info": _info_parser(commands),
+    }
+    for one in parsers.values():
+        one.add_argument(
+            "--debug", action="store_true", help="show tracebacks and TensorFlow's messages"
+        )
+    if not argv:
+        parser.print_help()
+        raise SystemExit(2)
+    if not argv[0].startswith("-") and argv[0] not in parsers:
+        raise UsageError(_unknown("command", argv[0], parsers))
+    args, extra = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.error("a command is missing: train, sample, export or info")
+    if extra:
+        if not extra[0].startswith("-"):
+            parsers[args.command].error(f"unexpected argument {extra[0]!r}")
+        known = parsers[args.command]._option_string_actions
+        raise UsageError(_unknown("option", extra[0].split("=")[0], known))
+    return args
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    shown = sorted(k for k in known if not k.startswith("-") or k.startswith("--"))
+    return f"Unknown {kind} {name}.{hint} Known: {', '.join(shown)}."
+
+
+def _train_parser(commands: Any) -> _Parser:
+    parser = commands.add_parser(
+        "train", help="train a model on images", description=_TRAIN, epilog=_TRAIN_EXAMPLES
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        default="digits",
+        metavar="NAME|FOLDER",
+        help="digits (default: 1,797 handwritten digits of 8x8 pixels, no download), mnist, "
+        "fashion_mnist, cifar10 or any other image set of TensorFlow Datasets (downloaded if "
+        "needed), or a folder of images, whose sub-folders are classes",
+    )
+    data.add_argument(
+        "--image-size",
+        type=_whole(1),
+        metavar="PIXELS",
+        help="crop to a square and resize to this side (default: as they are)",
+    )
+    data.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where TensorFlow Datasets keeps its sets (~/tensorflow_datasets)",
+    )
+    data.add_argument(
+        "--flip", action="store_true", help="mirror every other image: for photos, not for digits"
+    )
+    data.add_argument(
+        "--strict", action="store_true", help="stop at an image that can't be read, don't skip it"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--process",
+        default="cosine",
+        metavar="NAME",
+        help="how images become noise: cosine (default), linear, scaled_linear, sigmoid, vp, "
+        "sub_vp, ve, flow (straight lines: flow matching), edm, continuous_cosine",
+    )
+    model.add_argument(
+        "--prediction",
+        metavar="NAME",
+        help="what the network learns to tell: v (a mix of image and noise; the default), noise, "
+        "clean, score, flow (the default with --process flow), edm (with edm and ve)",
+    )
+    labels = model.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--conditional",
+        action="store_true",
+        default=None,
+        help="learn the classes, to draw what one asks for (default if the data have labels)",
+    )
+    labels.add_argument(
+        "--unconditional", dest="conditional", action="store_false", help="ignore the classes"
+    )
+    model.add_argument(
+        "--size",
+        default="small",
+        metavar="NAME",
+        help="of the network: small (default, for a few processor cores) or base (for a GPU)",
+    )
+    training = parser.add_argument_group("training")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument(
+        "--epochs", type=_whole(1), metavar="N", help="how often to see every image"
+    )
+    length.add_argument(
+        "--steps",
+        type=_whole(1),
+        metavar="N",
+        help=f"how many batches to train on (default: {DIGITS_STEPS} for digits, "
+        f"{OTHER_STEPS} otherwise)",
+    )
+    training.add_argument(
+        "--batch-size",
+        type=_whole(1),
+        default=64,
+        metavar="N",
+        help="images in a step (default: 64)",
+    )
+    training.add_argument(
+        "--learning-rate",
+        type=_positive,
+        metavar="RATE",
+        default=1e-3,
+        help="its highest value: it rises quickly and then falls along a cosine (default: 0.001)",
+    )
+    training.add_argument(
+        "--mixed-precision",
+        nargs="?",
+        const="bfloat16",
+        choices=("bfloat16", "float16"),
+        help="compute in 16 bits, faster on hardware that can (bfloat16, or float16 if named)",
+    )
+    training.add_argument(
+        "--seed",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="of weights, order and noise (default: 0)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="DIR", help="run folder (default: runs/ and the data)")
+    output.add_argument(
+        "--overwrite", action="store_true", help="delete the run that is in the folder first"
+    )
+    output.add_argument(
+        "--no-export", dest="export", action="store_false", help="leave the SavedModel out"
+    )
+    return parser
+
+
+def _sampling_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "--steps",
+        type=_whole(1),
+        metavar="N",
+        default=50,
+        help="steps from noise to image: more take longer and look better (default: 50)",
+    )
+    parser.add_argument(
+        "--sampler",
+        default="ddim",
+        metavar="NAME",
+        help="ddim (default: no noise on the way), ddpm (fresh noise at every step, needs more "
+        "steps) or another that the library has",
+    )
+    parser.add_argument(
+        "--grid",
+        default="uniform",
+        metavar="NAME",
+        help="which noise levels to visit: uniform (default), quadratic, karras, linspace, leading",
+    )
+
+
+def _sample_parser(commands: Any) -> _Parser:
+    from tfdiffusion import models
+
+    parser = commands.add_parser(
+        "sample",
+        help="draw images from a model",
+        description="Draw images from a trained model.",
+        epilog=_SAMPLE_EXAMPLES.format(names=", ".join(models.names()) or "none so far"),
+    )
+    parser.add_argument("model", metavar="MODEL", help="file, run folder or name")
+    parser.add_argument(
+        "--num", type=_whole(1), default=64, metavar="N", help="how many (default: 64)"
+    )
+    _sampling_arguments(parser)
+    parser.add_argument(
+        "--label",
+        type=_label,
+        metavar="N|all",
+        help="the class to draw; all draws a column for each class (default if there are any)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=_number,
+        metavar="SCALE",
+        default=1.0,
+        help="how much to exaggerate the class: 1 (default) as learned, 2 to 4 clearer and less "
+        "varied, 0 ignores it",
+    )
+    parser.add_argument(
+        "--seed", type=_whole(0), default=0, metavar="N", help="of the first image (default: 0)"
+    )
+    parser.add_argument(
+        "--out",
+        default="samples.png",
+        metavar="FILE",
+        help="a .png for a grid, or an .npz for the arrays images (uint8), seeds and labels "
+        "(default: samples.png)",
+    )
+    parser.add_argument("--gif", metavar="FILE", help="also the way from noise to the images")
+    return parser
+
+
+def _export_parser(commands: Any) -> _Parser:
+    parser = commands.add_parser(
+        "export",
+        help="write a SavedModel for servers",
+        description="Write the model with its whole sampler as one SavedModel.",
+        epilog=_EXPORT_EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", help="file, run folder or name")
+    parser.add_argument("directory", metavar="DIR", help="to write")
+    _sampling_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace a SavedModel in DIR")
+    return parser
+
+
+def _info_parser(commands: Any) -> _Parser:
+    parser = commands.add_parser(
+        "info",
+        help="tell what a model is",
+        description="Tell what a model is, and how it was trained if it lies in its run folder.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="file, run folder or name")
+    return parser
+
+
+def _whole(least: int, most: int | None = None):
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}"
+                f"{'' if most is None else f' and at most {most}'}, got {text!r}"
+            )
+        return value
+
+    return convert
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _label(text: str) -> int | str:
+    if text == "all" or text.isdecimal():
+        return text if text == "all" else int(text)
+    raise argparse.ArgumentTypeError(f"must be the number of a class, or all; got {text!r}")

@@ -1,0 +1,615 @@
+"""The command line: `tfdiffusion train | sample | export | info`, a thin layer over the library.
+
+What a person can get wrong is told in one line on stderr, before any work starts where it can be
+known by then. Exit codes: 0 done, 1 it could not be done, 2 an argument is wrong, 130 stopped with
+Ctrl-C. Help needs no Keras and comes at once; everything heavy is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tfdiffusion import _arguments
+from tfdiffusion._arguments import Failure, UsageError
+
+_CHUNK = 64  # images drawn between two movements of the progress bar; a GIF shows the first
+
+# Predictions that suit a process; v suits all others.
+_PREDICTIONS = {"flow": "flow", "edm": "edm", "ve": "edm"}
+
+# What the library's messages call its arguments, and what they are called here.
+_FLAGS = {
+    r"\bimage_size\b": "--image-size",
+    r"\bdata_dir=": "--data-dir ",
+    r"\bdata_dir\b": "--data-dir",
+    r"\blabels=False\b": "--unconditional",
+    r"\bstrict=False skips them\b": "leave --strict out to skip them",
+    r"\bprediction=": "--prediction ",
+    r"\bsteps=": "--steps ",
+    r"\boverwrite=True\b": "--overwrite",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments, by default those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 it could not be done, 2 an argument is wrong, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    command = " ".join(["tfdiffusion", *(argv[:1] if argv[:1] and argv[0] in _COMMANDS else [])])
+    try:
+        args = _arguments.parse(argv)
+        with _own_warnings(debug):
+            _COMMANDS[args.command](args)
+    except Failure as failure:
+        if debug:
+            traceback.print_exc()
+        print(f"{command}: error: {failure}", file=sys.stderr)
+        return failure.code
+    except KeyboardInterrupt:
+        print(f"{command}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ------------------------------------------------------------------------------ quiet, and errors
+
+
+@contextlib.contextmanager
+def _own_warnings(debug: bool) -> Iterator[None]:
+    """Shows our warnings as plain text, and none of the libraries below us."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(f"warning: {_in_flags(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning, module=r"tfdiffusion\b")
+            warnings.showwarning = show
+        yield
+
+
+def _start(debug: bool) -> None:
+    """Imports Keras and its backend, whose start-up messages are held back."""
+    if not debug:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    with contextlib.nullcontext() if debug else _held_back_stderr():
+        try:
+            import absl.logging
+            import keras
+        except ImportError as error:
+            raise Failure(f"A package is missing or broken: {_one_line(error)}") from error
+        except ValueError as error:  # KERAS_BACKEND names no backend
+            raise UsageError(_one_line(error)) from error
+    absl.logging.set_verbosity("error")
+    backend = keras.backend.backend()
+    if backend not in ("tensorflow", "jax"):
+        raise UsageError(f"KERAS_BACKEND is {backend!r}; set it to tensorflow or jax.")
+
+
+@contextlib.contextmanager
+def _held_back_stderr() -> Iterator[None]:
+    """Keeps what is written to file descriptor 2, and shows it if the block fails.
+
+    TensorFlow's first messages come from C++ before its log level is read.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except (ImportError, SystemExit, KeyboardInterrupt, Failure):
+            raise
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+@contextlib.contextmanager
+def _told(kind: type[Failure]) -> Iterator[None]:
+    """Turns the library's errors into one line; nothing that it refuses is a bug."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        raise kind(_one_line(error)) from error
+
+
+@contextlib.contextmanager
+def _work() -> Iterator[None]:
+    """Turns what can happen to anybody during the work into one line; the rest are bugs."""
+    try:
+        yield
+    except Failure:
+        raise
+    except OSError as error:  # disk full, no permission
+        raise Failure(_one_line(error)) from error
+    except MemoryError as error:
+        raise Failure(_OUT_OF_MEMORY) from error
+    except Exception as error:
+        if type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error):
+            raise Failure(_OUT_OF_MEMORY) from error
+        raise
+
+
+_OUT_OF_MEMORY = "Out of memory. Use a smaller --batch-size, --image-size, --size or --num."
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return " ".join(_in_flags(text).split())
+
+
+def _in_flags(text: str) -> str:
+    for pattern, flag in _FLAGS.items():
+        text = re.sub(pattern, flag, text)
+    return text
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def _train(args: argparse.Namespace) -> None:
+    folder = Path(args.out or Path("runs", _run_name(args.data))).expanduser()
+    _check_run_folder(folder, args.overwrite)
+    _start(args.debug)
+    import keras
+
+    from tfdiffusion import runs
+
+    args.prediction = args.prediction or _PREDICTIONS.get(args.process, "v")
+    _check_names(args)
+    keras.utils.set_random_seed(args.seed)
+    examples = _read(args)
+    with _told(UsageError):
+        model = _model(args, examples)
+    train, held_out = runs.hold_out(examples, args.seed)
+    run = runs.Run(
+        folder,
+        model,
+        train,
+        held_out,
+        steps=_steps(args, train.num_examples),
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        flip=args.flip,
+        seed=args.seed,
+        arguments={k: v for k, v in vars(args).items() if k not in ("command", "debug")},
+    )
+    if args.overwrite:
+        runs.clear(folder)
+    with _work():
+        _fit(run)
+        _finish(run, args.export)
+
+
+def _fit(run: Any) -> None:
+    from tfdiffusion.callbacks import NotFiniteError, clock
+
+    held_out = "" if run.held_out is None else f", {run.held_out.num_examples} held out"
+    size = "x".join(map(str, run.examples.shape))
+    classes = run.model.num_classes
+    _say(
+        f"{run.examples.num_examples} images of {size} to train on{held_out}; "
+        f"{'no classes' if classes is None else f'{classes} classes'}; network of "
+        f"{run.model.network.count_params():,} weights; {run.steps} steps of {run.batch_size}."
+    )
+    try:
+        with _ctrl_c(run.stop):
+            run.fit()
+    except (NotFiniteError, KeyboardInterrupt) as error:
+        with contextlib.suppress(OSError):
+            run.folder.rmdir()  # nothing is in it, unless the training was long
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        rate = f"Use a smaller --learning-rate than {run.learning_rate:g}."
+        raise Failure(f"{error} {rate}") from error
+    if run.done < run.steps:
+        run.save()
+        _say(f"Stopped after {run.done} of {run.steps} steps. The model as it is now:")
+        print(run.folder / "model.keras", flush=True)
+        raise KeyboardInterrupt
+    run.save()
+    losses = [f"loss {run.history['loss'][-1]:.4f}"]
+    if run.history.get("val_loss"):
+        losses.append(f"on images held out {run.history['val_loss'][-1]:.4f}")
+    _say(f"Trained in {clock(run.seconds)}: {', '.join(losses)}. Drawing ...")
+
+
+@contextlib.contextmanager
+def _ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
+    """Makes the first Ctrl-C call `stop`, and the second one stop at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number, frame):
+        signal.signal(signal.SIGINT, before)
+        _say("\nStopping after this step. Ctrl-C again stops at once, and this run is not saved.")
+        stop()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _finish(run: Any, export: bool) -> None:
+    """Pictures, the SavedModel, and where everything is."""
+    run.draw()
+    import keras
+
+    if export and keras.backend.backend() != "tensorflow":
+        _say("No saved_model: it is made with TensorFlow only (KERAS_BACKEND=tensorflow).")
+    elif export:
+        _say("Exporting ...")
+        run.export()
+    told = {
+        "model.keras": "the model",
+        "samples.png": "images that it drew" + ", a column for each class" * _in_columns(run.model),
+        "sampling.gif": "from noise to these images",
+        "loss.png": "the loss, from history.json",
+        "saved_model": "for TensorFlow Serving and tf.saved_model.load",
+    }
+    for name, what in told.items():
+        if (run.folder / name).exists():
+            print(f"{(run.folder / name)!s:<{len(str(run.folder)) + 14}} {what}")
+    folder = shlex.quote(str(run.folder))
+    label = " --label 3 --guidance 2" if (run.model.num_classes or 0) > 3 else ""
+    print(
+        f"\nTry next:\n  tfdiffusion sample {folder}{label} --num 16 --out more.png\n"
+        f"  tfdiffusion info {folder}\n  tfdiffusion train --data mnist"
+    )
+
+
+def _in_columns(model: Any) -> bool:
+    from tfdiffusion import runs
+
+    return runs.columns(model.num_classes) is not None
+
+
+def _run_name(data: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", Path(data).name or Path(data).resolve().name) or "run"
+
+
+def _check_run_folder(folder: Path, overwrite: bool) -> None:
+    _check_parent(folder, "--out")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {str(folder)!r} is a file. Name a folder.")
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {str(folder)!r} can't be written to.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UsageError(
+            f"--out {str(folder)!r} is not empty. Name another folder, or pass --overwrite to "
+            "delete the run that is in it."
+        )
+
+
+def _check_parent(path: Path, option: str) -> None:
+    """Refuses a path that can't be made: below a file, or where one may not write."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UsageError(f"{option} {str(path)!r} lies below {str(parent)!r}, which is a file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {str(path)!r}: {str(parent)!r} can't be written to.")
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """Looks names up before data are read, which may take a download."""
+    from tfdiffusion import models, predictions, processes
+
+    with _told(UsageError):
+        processes.get(args.process)
+        predictions.get(args.prediction)
+        models.unet((8, 8, 1), size=args.size)
+
+
+def _read(args: argparse.Namespace) -> Any:
+    from tfdiffusion import data
+
+    _say(f"Reading {args.data} ...")
+    try:
+        with _told(UsageError):
+            examples = data.read(
+                args.data,
+                image_size=args.image_size,
+                labels=args.conditional,
+                data_dir=args.data_dir,
+                strict=args.strict,
+            )
+    except UsageError as error:
+        # A download that failed, a file that vanished: not for want of a better argument.
+        kind = Failure if isinstance(error.__cause__, RuntimeError | OSError) else UsageError
+        raise kind(str(error)) from error.__cause__
+    if len(examples.shape) != 3:
+        raise UsageError(
+            f"--data {args.data} has points, not images. Train on them in Python: "
+            "tfdiffusion.DiffusionModel(tfdiffusion.networks.MLP(...)).fit(...)."
+        )
+    return examples
+
+
+def _model(args: argparse.Namespace, examples: Any) -> Any:
+    from tfdiffusion import models, training
+
+    dtype = args.mixed_precision and f"mixed_{args.mixed_precision}"
+    edm = args.prediction == "edm"
+    model = training.DiffusionModel(
+        models.unet(examples.shape, examples.num_classes, args.size, dtype=dtype),
+        args.process,
+        args.prediction,
+        times="log_normal_sigma" if edm else "stratified",
+        sigma_data=0.5 if edm else 1.0,
+        seed=args.seed,
+        dtype=dtype,
+    )
+    model.build((None, *examples.shape))
+    return model
+
+
+def _steps(args: argparse.Namespace, num_examples: int) -> int:
+    if args.epochs is not None:
+        return args.epochs * max(num_examples // args.batch_size, 1)
+    return args.steps or (
+        _arguments.DIGITS_STEPS if args.data == "digits" else _arguments.OTHER_STEPS
+    )
+
+
+def _sample(args: argparse.Namespace) -> None:
+    out = _picture(args.out, "--out", (".png", ".npz"))
+    gif = _picture(args.gif, "--gif", (".gif",)) if args.gif else None
+    model = _load(args)
+    _check_sampling(model, args)
+    labels = _labels(model, args)
+    import numpy as np
+
+    from tfdiffusion import data, plotting, runs
+
+    seeds = np.arange(args.num, dtype=np.int64) + args.seed
+    in_row = runs.columns(model.num_classes) if args.label in (None, "all") else None
+    with _work():
+        images, path = _draw(model, args, seeds, labels, with_path=gif is not None)
+        if out.suffix.lower() == ".npz":
+            out.parent.mkdir(parents=True, exist_ok=True)
+            arrays = {} if labels is None else {"labels": labels}
+            aside = out.with_name(f".{out.stem}.{os.getpid()}.npz")
+            np.savez_compressed(aside, images=data.to_uint8(images), seeds=seeds, **arrays)
+            os.replace(aside, out)
+        else:
+            plotting.save_grid(images, out, columns=in_row)
+        if gif is not None:
+            plotting.save_path_gif(path, gif, columns=in_row)
+    last = args.seed + args.num - 1
+    seeds = f"seed {args.seed}" if args.num == 1 else f"seeds {args.seed} to {last}"
+    print(f"{out}  {args.num} images of {'x'.join(map(str, model.sample_shape))}, {seeds}")
+    if gif is not None:
+        print(f"{gif}  from noise to {'them' if args.num <= _CHUNK else 'the first of them'}")
+
+
+def _draw(model: Any, args: argparse.Namespace, seeds: Any, labels: Any, with_path: bool) -> tuple:
+    """Images and, of the first of them, the way there; a chunk at a time, to show progress."""
+    import numpy as np
+
+    request = {
+        "guidance": args.guidance,
+        "steps": args.steps,
+        "sampler": args.sampler,
+        "grid": args.grid,
+    }
+    images, path = [], None
+    with _drawing_bar(len(seeds)) as advance:
+        for first in range(0, len(seeds), _CHUNK):
+            rows = np.arange(first, min(first + _CHUNK, len(seeds)))
+            # The last chunk is filled up: one shape, one compilation.
+            filled = rows if len(seeds) <= _CHUNK else np.resize(rows, _CHUNK)
+            label = None if labels is None else labels[filled]
+            drawn = model.sample(
+                len(filled), label=label, seeds=seeds[filled], return_path=with_path, **request
+            )
+            if with_path:
+                drawn, states = drawn
+                path = states if path is None else path
+            images.append(drawn[: len(rows)])
+            advance(len(rows))
+    return np.concatenate(images), path
+
+
+@contextlib.contextmanager
+def _drawing_bar(num: int) -> Iterator[Any]:
+    """A progress bar with the time left, if there is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (SpinnerColumn(), "drawing", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing", total=num)
+        yield lambda done: bar.advance(task, done)
+
+
+def _picture(name: str, option: str, suffixes: tuple[str, ...]) -> Path:
+    path = Path(name).expanduser()
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"{option} {name!r} must end in {' or '.join(suffixes)}.")
+    if path.is_dir():
+        raise UsageError(f"{option} {name!r} is a folder. Name a file.")
+    _check_parent(path, option)
+    return path
+
+
+def _labels(model: Any, args: argparse.Namespace) -> Any:
+    """The label of each image, or None."""
+    import numpy as np
+
+    from tfdiffusion import runs
+
+    classes = model.num_classes
+    if classes is None:
+        if args.label is not None:
+            raise UsageError("--label: this model is unconditional, it knows no classes.")
+        if args.guidance != 1.0:
+            raise UsageError("--guidance: this model is unconditional, it has nothing to guide to.")
+        return None
+    if args.label in (None, "all"):
+        return runs.labels_in_turn(args.num, classes)
+    if args.label >= classes:
+        raise UsageError(f"--label {args.label}: the classes of this model are 0 to {classes - 1}.")
+    return np.full(args.num, args.label)
+
+
+def _export(args: argparse.Namespace) -> None:
+    folder = Path(args.directory).expanduser()
+    _check_parent(folder, "DIR")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"DIR {args.directory!r} is a file. Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
+        raise UsageError(
+            f"DIR {args.directory!r} is not empty. Name another folder, or pass --overwrite to "
+            "replace a SavedModel."
+        )
+    _start(args.debug)
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        raise UsageError(
+            "A SavedModel is made with TensorFlow only: run this with KERAS_BACKEND=tensorflow "
+            "(a model trained on another backend will do)."
+        )
+    model = _load(args)
+    _check_sampling(model, args)
+    from tfdiffusion import export
+
+    with _work():
+        try:
+            export.saved_model(
+                model,
+                folder,
+                steps=args.steps,
+                sampler=args.sampler,
+                grid=args.grid,
+                overwrite=args.overwrite,
+            )
+        except FileExistsError as error:
+            raise UsageError(_one_line(error)) from error
+    print(f"{folder}  a SavedModel: tf.saved_model.load({str(folder)!r}).signatures")
+
+
+def _info(args: argparse.Namespace) -> None:
+    model = _load(args)
+    from tfdiffusion import models, processes
+
+    file = models.path(args.model)
+    network = model.network
+    config = network.get_config()
+    levels = config.get("num_timesteps") or model.process.num_timesteps
+    run, history = (_json(file.with_name(name)) for name in ("run.json", "history.json"))
+    data, classes = run.get("data", {}), model.num_classes
+    names = data.get("class_names")
+    rows = {
+        "file": f"{file} ({file.stat().st_size / 1e6:.1f} MB)",
+        "process": processes.name(model.process) + (f", {levels} noise levels" if levels else ""),
+        "prediction": model.prediction.name,
+        "network": f"{type(network).__name__} "
+        + ", ".join(f"{k}={config[k]}" for k in ("widths", "patch_size") if k in config),
+        "parameters": f"{network.count_params():,}",
+        "precision": network.dtype_policy.name,
+        "makes": "x".join(map(str, model.sample_shape)),
+        "classes": "none" if classes is None else f"{classes}" + _named(names),
+    }
+    if data:
+        rows["data"] = f"{data['name']}, {data['examples']} examples, {data['held_out']} held out"
+    if run:
+        steps, asked = run["steps"], run["steps_asked_for"]
+        stopped = f" of {asked}, stopped early" if steps < asked else ""
+        rows["training"] = f"{steps} steps{stopped}, {run['seconds']:.0f} s"
+        rows["made with"] = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+    for kind, name in (("loss", "loss"), ("held out", "val_loss")):
+        losses = history.get(name) or []
+        if losses:
+            steps = history["val_steps" if name == "val_loss" else "steps"]
+            shown = sorted({round(i * (len(losses) - 1) / 3) for i in range(4)})
+            rows[kind] = ", ".join(f"{losses[i]:.4f} (step {steps[i]})" for i in shown)
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _named(names: Sequence[str] | None) -> str:
+    if not names or list(names) == [str(i) for i in range(len(names))]:
+        return ""
+    shown = [f"{i} {name}" for i, name in enumerate(names[:20])]
+    return f" ({', '.join(shown)}{', ...' if len(names) > 20 else ''})"
+
+
+def _json(path: Path) -> dict:
+    import json
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a model outside a run folder
+        return {}
+
+
+def _load(args: argparse.Namespace) -> Any:
+    """Starts Keras and loads the model, after a look whether there is one."""
+    from tfdiffusion import models
+
+    with _told(UsageError):
+        file = models.path(args.model)
+    _start(args.debug)
+    with _told(Failure):
+        model = models.load(file)
+    if model.sample_shape is None:
+        raise Failure(f"{str(file)!r} holds a model that was never trained.")
+    return model
+
+
+def _check_sampling(model: Any, args: argparse.Namespace) -> None:
+    from tfdiffusion import samplers
+    from tfdiffusion.samplers.loop import resolve_grid
+
+    with _told(UsageError):
+        samplers.get(args.sampler)
+        resolve_grid(model.raw, args.grid, args.steps)
+
+
+_COMMANDS = {"train": _train, "sample": _sample, "export": _export, "info": _info}

@@ -1,0 +1,175 @@
+"""Finding models: those that ship with the package, files, run folders; and a network for an image.
+
+A model is named in one way everywhere: "mnist" is a model that ships with the package, "x.keras" a
+saved model, and any other path the folder that `tfdiffusion train` wrote.
+
+>>> model = tfd.models.load("runs/digits")
+>>> images = model.sample(10, label=np.arange(10))
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tfdiffusion.networks import UNet
+    from tfdiffusion.training import DiffusionModel
+
+_PRETRAINED = Path(__file__).parent / "pretrained"
+_IN_RUN_FOLDER = "model.keras"
+
+# Of `unet`: the widest grid of positions a side, and the widths of its levels.
+_SIZES = {
+    "small": (16, (64, 128, 128), 1),
+    "base": (32, (96, 192, 192, 192), 2),
+}
+_COARSEST = 16  # positions a side at the lowest level, which attends from each to each
+
+
+def names() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(file.stem for file in _PRETRAINED.glob("*.keras"))
+
+
+def path(model: str | os.PathLike) -> Path:
+    """Finds the file of a model.
+
+    Args:
+        model: the name of a model that ships with the package, a `.keras` file, or a folder that
+            `tfdiffusion train` wrote. A name wins over a folder of that name; "./name" is the
+            folder.
+
+    Returns:
+        Path of a `.keras` file that exists.
+
+    Raises:
+        FileNotFoundError: If there is no such name, file or folder, or no model in the folder.
+        ValueError: If the file or folder is of another kind.
+    """
+    if isinstance(model, str) and model in names():
+        return _PRETRAINED / f"{model}.keras"
+    found = Path(model).expanduser()
+    if found.is_dir():
+        return _in_folder(found)
+    if not found.is_file():
+        nearest = difflib.get_close_matches(str(model), names(), n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise FileNotFoundError(
+            f"There is no model {str(model)!r}: neither a .keras file, nor a run folder, nor one "
+            f"that ships with the package ({', '.join(names()) or 'none'}).{hint}"
+        )
+    if found.suffix != ".keras":
+        raise ValueError(f"{str(found)!r} is not a .keras file, which is how models are saved.")
+    return found
+
+
+def _in_folder(folder: Path) -> Path:
+    if (folder / _IN_RUN_FOLDER).is_file():
+        return folder / _IN_RUN_FOLDER
+    if (folder / "saved_model.pb").is_file():
+        raise ValueError(
+            f"{str(folder)!r} is an exported SavedModel, for tf.saved_model.load and servers. Pass "
+            "the .keras file or the run folder that it was made from."
+        )
+    raise FileNotFoundError(f"The folder {str(folder)!r} has no {_IN_RUN_FOLDER}.")
+
+
+def load(model: str | os.PathLike) -> DiffusionModel:
+    """Loads a model, to sample from it or to train on (then compile it again).
+
+    Args:
+        model: see `path`.
+
+    Returns:
+        The model, not compiled.
+
+    Raises:
+        FileNotFoundError: See `path`.
+        ValueError: If the file is damaged, or holds something else than a `DiffusionModel`.
+    """
+    file = path(model)
+    import keras
+
+    from tfdiffusion import networks, training  # noqa: F401  (registers what a model may hold)
+
+    try:
+        loaded = keras.saving.load_model(file, compile=False)
+    except Exception as error:  # a damaged file fails anywhere from zip to HDF5 to Keras
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{str(file)!r} cannot be read as a Keras model; it may be incomplete ({reason})."
+        ) from error
+    if not isinstance(loaded, training.DiffusionModel):
+        raise ValueError(
+            f"{str(file)!r} holds a {type(loaded).__name__}, not a tfdiffusion.DiffusionModel."
+        )
+    return loaded
+
+
+def unet(
+    shape: Sequence[int],
+    num_classes: int | None = None,
+    size: str = "small",
+    dtype: str | None = None,
+) -> UNet:
+    """Makes a U-Net that fits images of a shape, with a cost that hardly depends on their side.
+
+    Large images are read in patches, so that the network works on at most 16 ("small") or 32
+    ("base") positions a side; each level halves them while that leaves at least 4.
+
+    >>> network = tfd.models.unet((28, 28, 1), num_classes=10)  # patches of 2, levels of 14 and 7
+
+    Args:
+        shape: (H, W, C) of one image.
+        num_classes: None for an unconditional network.
+        size: "small", for two processor cores and minutes, or "base", for a GPU and hours.
+        dtype: Keras dtype policy, such as "mixed_bfloat16".
+
+    Returns:
+        A network, not yet built.
+
+    Raises:
+        ValueError: If the size is unknown, the shape is not that of images, or its sides can't be
+            halved often enough.
+    """
+    from tfdiffusion import _names, networks
+
+    finest, widths, blocks = _names.look_up("size", size, _SIZES)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"Expected the shape of an image, (H, W, C). Received {tuple(shape)}.")
+    sides = [int(side) for side in shape[:2]]
+    patch_size = 1
+    while max(sides) > finest and _even(sides):
+        sides, patch_size = [side // 2 for side in sides], 2 * patch_size
+    if max(sides) <= 8:  # tiny images need less
+        widths, blocks = [width // 2 for width in widths], 1
+    grids = [sides]
+    while _even(grids[-1]) and min(grids[-1]) >= 8 and len(grids) < len(widths):
+        grids.append([side // 2 for side in grids[-1]])
+    if max(grids[-1]) > _COARSEST:
+        factor = max(8, 2 ** math.ceil(math.log2(max(shape[:2]) / finest)))
+        nearest = round(max(shape[:2]) / factor) * factor
+        raise ValueError(
+            f"Images of {shape[0]}x{shape[1]} cannot be halved often enough for a U-Net. Use an "
+            f"image_size that can, such as {nearest}."
+        )
+    attended = [i for i, grid in enumerate(grids) if i and max(grid) <= _COARSEST]
+    return networks.UNet(
+        out_channels=int(shape[2]),
+        widths=tuple(widths[: len(grids)]),
+        blocks_per_level=blocks,
+        attention_levels=attended if size != "small" else (),
+        groups=8,
+        patch_size=patch_size,
+        num_classes=num_classes,
+        dtype=dtype,
+    )
+
+
+def _even(sides: Sequence[int]) -> bool:
+    return all(side % 2 == 0 for side in sides)
