@@ -212,6 +212,17 @@ def derivative(function: Callable, t):
     return jax.jvp(function, (t,), (ops.ones_like(t),))[1]
 
 
+def is_traced(tensor) -> bool:
+    """Whether a tensor is a symbol in a graph, which has no value yet."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.is_symbolic_tensor(tf.convert_to_tensor(tensor))  # a variable is read first
+    import jax
+
+    return isinstance(tensor, jax.core.Tracer)
+
+
 def replica_id():
     """Number of the replica that runs this step, 0 without a distribution strategy."""
     if BACKEND == "tensorflow":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from keras import ops
 
@@ -119,17 +119,26 @@ class NetworkDenoiser(Denoiser):
         self._time_input = _names.look_up("time input", time_input, _TIME_INPUTS)
         self.sigma_data, self.scale_input = float(sigma_data), bool(scale_input)
         self._substitutes: Callable[[], list[tuple]] | None = None
+        self._more_variables: tuple = ()
         self.latest = _latest_time(self.process, self.prediction)
 
-    def reading(self, substitutes: Callable[[], list[tuple]]) -> NetworkDenoiser:
+    def reading(
+        self, substitutes: Callable[[], list[tuple]], variables: Sequence = ()
+    ) -> NetworkDenoiser:
         """The same denoiser with other weights, such as their average.
 
         Args:
             substitutes: gives (variable, value) pairs for all of the network's variables.
+            variables: those that the values come from.
         """
         other = copy.copy(self)
-        other._substitutes = substitutes
+        other._substitutes, other._more_variables = substitutes, tuple(variables)
         return other
+
+    @property
+    def variables(self) -> tuple:
+        """The network's variables, and those that stand in for them."""
+        return (*getattr(self.network, "variables", ()), *self._more_variables)
 
     @property
     def num_classes(self) -> int | None:
@@ -199,6 +208,7 @@ class Conditioned(Denoiser):
     def __init__(self, denoiser: NetworkDenoiser, label):
         self.denoiser, self.label = denoiser, label
         self.process, self.latest = denoiser.process, denoiser.latest
+        self.variables = denoiser.variables
 
     def __call__(self, x_t, t):
         """x̂_0 given the label."""
@@ -216,6 +226,7 @@ class Clipped(Denoiser):
     def __init__(self, denoiser: Denoiser, limit: float = 1.0):
         self.denoiser, self.limit = denoiser, limit
         self.process, self.latest = denoiser.process, denoiser.latest
+        self.variables = denoiser.variables
 
     def __call__(self, x_t, t):
         """x̂_0, clipped."""
@@ -241,6 +252,7 @@ class DynamicallyThresholded(Denoiser):
             raise ValueError(f"quantile must lie in (0, 1]. Received {quantile}.")
         self.denoiser, self.quantile = denoiser, quantile
         self.process, self.latest = denoiser.process, denoiser.latest
+        self.variables = denoiser.variables
 
     def __call__(self, x_t, t):
         """x̂_0, thresholded and rescaled."""

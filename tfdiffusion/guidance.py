@@ -34,6 +34,7 @@ class ClassifierFreeGuidance(Denoiser):
             )
         self.denoiser, self.label, self.scale = denoiser, label, scale
         self.process, self.latest = denoiser.process, denoiser.latest
+        self.variables = denoiser.variables
 
     def __call__(self, x_t, t):
         """x̂_0, guided."""

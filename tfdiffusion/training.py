@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 from keras import ops
@@ -56,6 +58,12 @@ class ExponentialMovingAverage(keras.layers.Layer):
         self.reset()
         self.built = True
 
+    def start(self) -> None:
+        """Before the first update the averages are the variables as they are now, not as built."""
+        updates = ops.convert_to_tensor(self.updates)
+        if not _backend.is_traced(updates) and int(updates) == 0:
+            self.reset()
+
     def reset(self) -> None:
         """Starts again from the variables as they are."""
         self.updates.assign(0)
@@ -89,7 +97,7 @@ class LossByNoiseLevel(keras.metrics.Metric):
     Also counts the batches since its last reset, from which validation derives its noise.
     """
 
-    def __init__(self, name: str = "loss", **kwargs):
+    def __init__(self, name: str = "loss_by_noise_level", **kwargs):
         super().__init__(name=name, **kwargs)
         zeros = {"initializer": "zeros", "dtype": "float32"}
         self.total = self.add_weight(shape=(4,), name="total", **zeros)
@@ -245,6 +253,27 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
 
     # Training.
 
+    def compile(self, optimizer="adam", loss=None, **kwargs):
+        """Keras' `compile`, but for loss and metrics: the model brings its own.
+
+        Args:
+            optimizer: a Keras optimizer or its name.
+            loss: None.
+            **kwargs: the other arguments of `keras.Model.compile`, which checks them.
+
+        Raises:
+            ValueError: If a loss, its weights or metrics are given.
+        """
+        names = ("loss_weights", "metrics", "weighted_metrics")
+        given = {"loss": loss, **{name: kwargs.get(name) for name in names}}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given:
+            raise ValueError(
+                f"compile takes no loss and no metrics: the model brings its own. Received {given}."
+                " Choose the objective with DiffusionModel(prediction=..., weight=...)."
+            )
+        super().compile(optimizer, **kwargs)
+
     def losses_at(self, x_0, label, t, keys, training: bool = False):
         """The objective of each example: w(t) ‖y_θ(x_t, t) − y‖², averaged over its elements.
 
@@ -286,7 +315,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
             label = ops.where(dropped, self.num_classes, label)
         losses = self.losses_at(x_0, label, t, keys, training=training)
         if sample_weight is not None:
-            losses = losses * ops.cast(sample_weight, losses.dtype)
+            losses = losses * sample_weight
         # Keras' own `losses` are those of regularizers and `add_loss`.
         return ops.mean(losses) + sum(self.losses)
 
@@ -301,7 +330,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         Times are spread evenly over the batch. The logs hold `loss` and its mean in each quarter of
         (0, 1], `loss_q1` (least noise) to `loss_q4`.
         """
-        x_0, label, _ = self._unpack(data)
+        x_0, label, sample_weight = self._unpack(data)
         batch = ops.shape(x_0)[0]
         batch_number = ops.convert_to_tensor(self.validation_loss.batches)
         keys = random.fold_in(random.keys(_VALIDATION_SEED), batch_number)
@@ -309,6 +338,8 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         t = times.Stratified().sample(random.fold_in(keys, _TIMES), self.process, self.raw.latest)
         with _backend.substituted(self._averaged()):
             losses = self.losses_at(x_0, label, t, keys)
+        if sample_weight is not None:
+            losses = losses * sample_weight
         self.validation_loss.update_state(losses, t)
         return self.validation_loss.result()
 
@@ -327,14 +358,42 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         # Built before it is traced, the training step is traced once instead of twice.
         if not self.built and shape is not None:
             self.build(shape)
-        if self.built and self.ema is not None and int(self.ema.updates.value) == 0:
-            self.ema.reset()  # weights loaded since `build` enter the average
-        if self.built and self.optimizer is not None and not self.optimizer.built:
+        self._start_average()
+        if self.built and self.compiled and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
         return super().fit(x, y, **kwargs)
 
+    def evaluate(self, x=None, y=None, **kwargs):
+        """Keras' `evaluate`: the loss with averaged weights at fixed noise; see `evaluate_batch`.
+
+        Args:
+            x: as in `fit`.
+            y: as in `fit`.
+            **kwargs: the other arguments of `keras.Model.evaluate`, which checks them.
+
+        Returns:
+            What Keras' `evaluate` returns.
+        """
+        self._start_average()
+        return super().evaluate(x, y, **kwargs)
+
+    def _start_average(self) -> None:
+        """Weights loaded since `build` enter the average."""
+        if self.built and self.ema is not None:
+            self.ema.start()
+
     def _unpack(self, data):
         x_0, label, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if not keras.backend.is_float_dtype(x_0.dtype):
+            raise ValueError(
+                f"Images must be float in [-1, 1]. Received dtype {x_0.dtype}. "
+                "Bytes become that by x / 127.5 - 1, or by the pipelines of tfdiffusion.data."
+            )
+        if self.built and tuple(x_0.shape[1:]) != self.sample_shape:
+            raise ValueError(
+                f"The model was built for data of shape {self.sample_shape}. "
+                f"Received {tuple(x_0.shape[1:])}."
+            )
         if self.num_classes is None:
             label = None
         elif label is None:
@@ -343,7 +402,9 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
                 "labels. Pass (images, labels), or make the network with num_classes=None."
             )
         else:
-            label = ops.reshape(ops.cast(label, "int32"), (-1,))
+            label = _one_a_row("labels (integers, not one-hot)", label, "int32")
+        if sample_weight is not None:
+            sample_weight = _one_a_row("sample weights", sample_weight, "float32")
         return ops.cast(x_0, "float32"), label, sample_weight
 
     # Sampling.
@@ -356,7 +417,8 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         """
         if not ema or self.ema is None:
             return self.raw
-        return self.raw.reading(self._averaged)
+        self._start_average()
+        return self.raw.reading(self._averaged, self.ema.variables)
 
     def _averaged(self) -> list[tuple]:
         """Every variable of the network with the value to sample from."""
@@ -368,6 +430,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
 
         Half the size in memory and on disk: what one ships. It can be trained further.
         """
+        self._start_average()
         model = DiffusionModel.from_config({**self.get_config(), "ema_decay": None})
         model.build((None, *self.sample_shape))
         values = {id(variable): value for variable, value in self._averaged()}  # averages last
@@ -404,7 +467,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         num: int = 16,
         *,
         label=None,
-        guidance: float = 1.0,
+        guidance: float | Sequence[float] = 1.0,
         steps: int = 50,
         sampler: str | samplers.Sampler = "ddim",
         grid: str = "uniform",
@@ -420,7 +483,8 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         Args:
             num: how many.
             label: class of all images, or one a row (num,); None for the unconditional model.
-            guidance: scale; 1 is the plain conditional model, 0 ignores the label.
+            guidance: scale of all images, or one a row (num,); 1 is the plain conditional model,
+                0 ignores the label.
             steps: evaluations of the network a sample (a chain of T steps has at most T).
             sampler: "ddim", "ddpm", ..., or a `Sampler`.
             grid: times to visit; see `tfdiffusion.times.grid`.
@@ -439,10 +503,13 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         """
         if self.sample_shape is None:
             raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")
-        seeds, labels = self._check_request(num, label, guidance, seed, seeds)
+        seeds, labels, scales = self._check_request(num, label, guidance, seed, seeds)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1. Received batch_size={batch_size}.")
+        self._start_average()
         sampler = samplers.get(sampler)
         visited = resolve_grid(self.raw, grid, steps)
-        guided = labels is not None and guidance != 1.0
+        guided = bool((scales != 1.0).any())
         run = self._compiled_sampler(
             sampler, labels is not None, guided, threshold, ema, return_path
         )
@@ -455,7 +522,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
             if labels is not None:
                 inputs.append(ops.convert_to_tensor(labels[padded], dtype="int32"))
             if guided:
-                inputs.append(ops.full((len(padded),), guidance, dtype="float32"))
+                inputs.append(ops.convert_to_tensor(scales[padded], dtype="float32"))
             result = run(visited, *inputs)
             outputs = [ops.convert_to_numpy(r) for r in (result if return_path else (result,))]
             keep = len(rows_)
@@ -494,23 +561,41 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         seeds = np.arange(num, dtype=np.int64) + int(seed) if seeds is None else np.asarray(seeds)
         if seeds.shape != (num,) or seeds.dtype.kind not in "iu":
             raise ValueError(f"seeds must be {num} integers. Received shape {seeds.shape}.")
+        scales = _for_each_row("guidance", guidance, num)
         if label is None:
-            if guidance != 1.0:
+            if (scales != 1.0).any():
                 raise ValueError(
                     f"guidance={guidance} needs a label to guide towards. Pass label=..."
                 )
-            return seeds, None
+            return seeds, None, scales
         if self.num_classes is None:
             raise ValueError(
                 f"label={label!r} was asked of an unconditional model. Train one with a network "
                 "made with num_classes=..., or leave label out."
             )
-        labels = np.broadcast_to(np.asarray(label), (num,))
+        labels = _for_each_row("label", label, num)
         if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(
                 f"label must be integers from 0 to {self.num_classes - 1}. Received {label!r}."
             )
-        return seeds, labels
+        return seeds, labels, scales
+
+
+def _one_a_row(what: str, values, dtype: str):
+    """Checks that values are (B,), or (B, 1), and returns them as (B,)."""
+    if len(values.shape) > 2 or (len(values.shape) == 2 and values.shape[1] != 1):
+        raise ValueError(f"The {what} must be (B,), one a row. Received shape {values.shape}.")
+    return ops.reshape(ops.cast(values, dtype), (-1,))
+
+
+def _for_each_row(name: str, value, num: int) -> np.ndarray:
+    """A value for all rows, or one for each, as (num,)."""
+    values = np.asarray(value)
+    if values.shape not in ((), (num,)):
+        raise ValueError(
+            f"{name} must be one number or {num}, one a row. Received shape {values.shape}."
+        )
+    return np.broadcast_to(values, (num,))
 
 
 def _batch_shape(x) -> tuple | None:

@@ -65,11 +65,14 @@ class DDIM(Sampler):
         process = denoiser.process
         x_0 = denoiser(x_t, t)
         noise = denoiser.noise_from(x_t, x_0, t)
-        sigma_s = process.sigma(s)
+        alpha_s, sigma_s = process.alpha(s), process.sigma(s)
         if self.eta == 0.0:
-            return (rows(process.alpha(s), x_t) * x_0 + rows(sigma_s, x_t) * noise,)
+            return (rows(alpha_s, x_t) * x_0 + rows(sigma_s, x_t) * noise,)
         _, _, variance = process.posterior(t, s)
-        direction = ops.sqrt(sigma_s**2 - self.eta**2 * variance)
-        mean = rows(process.alpha(s), x_t) * x_0 + rows(direction, x_t) * noise
+        # σ_s² − η² β̃ with β̃ = σ_s² (1 − e^{λ_t − λ_s}): as a sum, which rounding cannot make
+        # negative where x_t remembers almost nothing of x_s.
+        remembered = ops.exp(process.log_snr(t) - process.log_snr(s))
+        direction = sigma_s * ops.sqrt(1.0 - self.eta**2 + self.eta**2 * remembered)
+        mean = rows(alpha_s, x_t) * x_0 + rows(direction, x_t) * noise
         fresh = rows(self.eta * ops.sqrt(variance), x_t) * random.normal(keys, x_t.shape[1:])
         return (mean + fresh,)

@@ -123,11 +123,20 @@ def sample(
         float32 tensor (B, *shape), or (sample, path).
 
     Raises:
-        ValueError: If a name is unknown, or the times do not fall within (0, denoiser.latest].
+        ValueError: If a name is unknown, the times do not fall within (0, denoiser.latest], or x
+            does not have a row for each seed.
+        TypeError: If the seeds are not integers.
     """
     sampler = get(sampler)
     times = resolve_grid(denoiser, grid, steps)
-    keys = random.keys(seeds if isinstance(seeds, int) else list(seeds))
+    keys = random.keys(seeds)
+    if x is not None:
+        x = ops.convert_to_tensor(x, dtype="float32")
+        if tuple(x.shape[1:]) != tuple(shape) or x.shape[0] not in (None, keys.shape[0]):
+            raise ValueError(
+                f"x must have one row of shape {tuple(shape)} for each of the {keys.shape[0]} "
+                f"seeds. Received shape {tuple(x.shape)}."
+            )
 
     def run(times, keys, *x):
         state = x[0] if x else prior(denoiser, keys, tuple(shape), times[0])
@@ -141,7 +150,7 @@ def sample(
             return_path=return_path,
         )
 
-    start = () if x is None else (ops.convert_to_tensor(x, dtype="float32"),)
+    start = () if x is None else (x,)
     return _backend.compiled(run, denoiser.variables)(times, keys, *start)
 
 
