@@ -109,9 +109,14 @@ class Process(abc.ABC):
         return _backend.derivative(lambda u: ops.log(self.alpha(u)), _tensor(t))
 
     def diffusion(self, t):
-        """g(t) of dx = f x dt + g dw: √(−σ² dλ/dt)."""
+        """g(t) of dx = f x dt + g dw: √(−σ² dλ/dt); NaN at t = 0 where λ is infinite there."""
         t = _tensor(t)
         return self.sigma(t) * ops.sqrt(-_backend.derivative(self.log_snr, t))
+
+    def slopes(self, t):
+        """(dα/dt, dσ/dt), which are finite where α = 0 and f and g are not."""
+        t = _tensor(t)
+        return _backend.derivative(self.alpha, t), _backend.derivative(self.sigma, t)
 
     def snap(self, t):
         """The nearest time that the process has, t = 0 excluded on a chain."""
@@ -123,10 +128,12 @@ class Process(abc.ABC):
 
 
 def _tensor(t):
-    """A floating tensor: Python numbers become float32, arrays keep their precision."""
+    """A floating tensor: numbers and integers become float32, other arrays keep their precision."""
     if isinstance(t, float | int):
         t = np.float32(t)
-    return ops.convert_to_tensor(t)
+    t = ops.convert_to_tensor(t)
+    floating = keras.backend.is_float_dtype(keras.backend.standardize_dtype(t.dtype))
+    return t if floating else ops.cast(t, "float32")
 
 
 @_register
@@ -355,7 +362,7 @@ class Tabulated(Process):
         Raises:
             ValueError: If a β lies outside that range.
         """
-        return Tabulated(*_chain(betas))
+        return Tabulated(*_chain(betas, may_end_at_one=True))
 
     @classmethod
     def from_sigmas(cls, sigmas: Sequence[float]) -> Tabulated:
@@ -394,7 +401,8 @@ class Tabulated(Process):
 
     def inverse_log_snr(self, log_snr):
         """i/T of the step whose λ_i is nearest, never i = 0."""
-        target = _tensor(log_snr)
+        # An infinite ratio is equally far from every step: cut it off.
+        target = ops.clip(_tensor(log_snr), -1e4, 1e4)
         table = ops.cast(np.maximum(self._log_snr[1:], -1e4), target.dtype)
         nearest = ops.argmin(ops.abs(ops.expand_dims(target, -1) - table), axis=-1)
         return (ops.cast(nearest, target.dtype) + 1.0) / self.num_timesteps
@@ -411,9 +419,16 @@ class Tabulated(Process):
         added = self._sigmas[1:] ** 2 - (ratio * self._sigmas[:-1]) ** 2
         return self._look_up(np.sqrt(self.num_timesteps * np.r_[np.nan, added]), t)
 
+    def slopes(self, t):
+        """T (α_i − α_{i−1}) and T (σ_i − σ_{i−1})."""
+        tables = (np.diff(table, prepend=np.nan) for table in (self._alphas, self._sigmas))
+        return tuple(self.num_timesteps * self._look_up(table, t) for table in tables)
+
     def snap(self, t):
         """round(t T)/T, at least 1/T."""
-        step = ops.clip(ops.round(_tensor(t) * self.num_timesteps), 1, self.num_timesteps)
+        # Halves go down in float32 as in float64, so that both visit the same steps.
+        step = ops.round(_tensor(t) * self.num_timesteps - 1e-3)
+        step = ops.clip(step, 1, self.num_timesteps)
         return step / self.num_timesteps
 
     def quantile(self, u):
@@ -436,16 +451,17 @@ def _table(name: str, values: Sequence[float]) -> np.ndarray:
     return array
 
 
-def _chain(betas: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _chain(betas: Sequence[float], may_end_at_one: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """α and σ of a variance-preserving chain."""
     betas = _table("betas", betas)
-    outside = np.flatnonzero((betas <= 0) | (betas > 1) | ((betas == 1) & _not_last(betas)))
-    if outside.size:
-        i = int(outside[0])
+    valid = (betas > 0) & (betas < 1)
+    valid[-1] |= may_end_at_one and betas[-1] == 1
+    if not valid.all():
+        i = int(np.argmin(valid))
         raise ValueError(
-            f"Every beta must lie in (0, 1), the last in (0, 1]. Received beta_{i + 1} = "
-            f"{betas[i]:g} ({outside.size} of {betas.size} outside). With few steps use a smaller "
-            "beta_end or the cosine schedule."
+            f"Every beta must lie in (0, 1){', the last in (0, 1]' * may_end_at_one}. Received "
+            f"beta_{i + 1} = {betas[i]:g} ({np.sum(~valid)} of {betas.size} outside). With few "
+            "steps use a smaller beta_end or the cosine schedule."
         )
     with np.errstate(divide="ignore"):  # log(0) = -inf is right for a last beta of 1
         log_alphas_bar = np.cumsum(np.log1p(-betas))
@@ -454,13 +470,9 @@ def _chain(betas: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
             f"The chain ends at alpha_bar = {math.exp(log_alphas_bar[-1]):.3g}: it has not become "
             "noise, and sampling, which starts from pure noise, will be biased. Use larger betas "
             "or more steps.",
-            stacklevel=4,
+            stacklevel=3,
         )
     return np.exp(0.5 * log_alphas_bar), np.sqrt(-np.expm1(log_alphas_bar))
-
-
-def _not_last(values: np.ndarray) -> np.ndarray:
-    return np.arange(len(values)) < len(values) - 1
 
 
 def _check_timesteps(num_timesteps: int) -> int:
@@ -610,17 +622,13 @@ def zero_terminal_snr(process: Tabulated) -> Tabulated:
     Raises:
         ValueError: If the process is not a variance-preserving chain.
     """
-    steps = process.num_timesteps
-    times = np.arange(1, (steps or 0) + 1) / (steps or 1)
-    alphas, sigmas = (
-        np.asarray(ops.convert_to_numpy(f(times))) for f in (process.alpha, process.sigma)
-    )
-    if steps is None or steps < 2 or not np.allclose(alphas**2 + sigmas**2, 1.0, atol=1e-5):
+    chain = isinstance(process, Tabulated) and process.num_timesteps > 1
+    if not chain or not np.allclose(process._alphas**2 + process._sigmas**2, 1.0):
         raise ValueError(
             "zero_terminal_snr needs a variance-preserving chain of at least 2 steps, such as "
             f"'linear' or 'cosine'. Received {type(process).__name__}."
         )
-    alphas = np.asarray(alphas, dtype=np.float64)
+    alphas = process._alphas[1:]
     alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
     return Tabulated(alphas, np.sqrt(1.0 - alphas**2))
 
