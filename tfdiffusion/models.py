@@ -10,7 +10,6 @@ saved model, and any other path the folder that `tfdiffusion train` wrote.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,22 +141,14 @@ def unet(
     finest, widths, blocks = _names.look_up("size", size, _SIZES)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"Expected the shape of an image, (H, W, C). Received {tuple(shape)}.")
-    sides = [int(side) for side in shape[:2]]
-    patch_size = 1
-    while max(sides) > finest and _even(sides):
-        sides, patch_size = [side // 2 for side in sides], 2 * patch_size
-    if max(sides) <= 8:  # tiny images need less
-        widths, blocks = [width // 2 for width in widths], 1
-    grids = [sides]
-    while _even(grids[-1]) and min(grids[-1]) >= 8 and len(grids) < len(widths):
-        grids.append([side // 2 for side in grids[-1]])
+    patch_size, grids = _plan([int(side) for side in shape[:2]], finest, len(widths))
     if max(grids[-1]) > _COARSEST:
-        factor = max(8, 2 ** math.ceil(math.log2(max(shape[:2]) / finest)))
-        nearest = round(max(shape[:2]) / factor) * factor
         raise ValueError(
             f"Images of {shape[0]}x{shape[1]} cannot be halved often enough for a U-Net. Use an "
-            f"image_size that can, such as {nearest}."
+            f"image_size that can, such as {_nearest_side(max(shape[:2]), finest, len(widths))}."
         )
+    if max(grids[0]) <= 8:  # tiny images need less
+        widths, blocks = [width // 2 for width in widths], 1
     attended = [i for i, grid in enumerate(grids) if i and max(grid) <= _COARSEST]
     return networks.UNet(
         out_channels=int(shape[2]),
@@ -169,6 +160,22 @@ def unet(
         num_classes=num_classes,
         dtype=dtype,
     )
+
+
+def _plan(sides: list[int], finest: int, levels: int) -> tuple[int, list[list[int]]]:
+    """Patch size and the sides of each level, as far as they can be halved."""
+    patch_size = 1
+    while max(sides) > finest and _even(sides):
+        sides, patch_size = [side // 2 for side in sides], 2 * patch_size
+    grids = [sides]
+    while _even(grids[-1]) and min(grids[-1]) >= 8 and len(grids) < levels:
+        grids.append([side // 2 for side in grids[-1]])
+    return patch_size, grids
+
+
+def _nearest_side(side: int, finest: int, levels: int) -> int:
+    others = sorted(range(1, 2 * side), key=lambda other: abs(other - side))
+    return next(o for o in others if max(_plan([o, o], finest, levels)[1][-1]) <= _COARSEST)
 
 
 def _even(sides: Sequence[int]) -> bool:

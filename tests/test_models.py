@@ -1,0 +1,134 @@
+"""Finding models, and networks that fit an image."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+import tfdiffusion as tfd
+from tfdiffusion import models, networks
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model in a file, which is also a run folder's."""
+    network = networks.UNet(
+        out_channels=1, widths=(8,), blocks_per_level=1, groups=4, mid_attention=False
+    )
+    model = tfd.DiffusionModel(network, "vp", "v")
+    model.build((None, 4, 4, 1))
+    for weight in network.trainable_weights:
+        weight.assign(keras.random.normal(weight.shape, stddev=0.2, seed=1))
+    model.ema.reset()
+    file = tmp_path_factory.mktemp("run") / "model.keras"
+    model.save(file)
+    return model, file
+
+
+def test_files_and_run_folders_load(saved):
+    model, file = saved
+    expected = model.sample(2, steps=2)
+    for source in (file, str(file), file.parent):
+        loaded = models.load(source)
+        assert models.path(source) == file
+        np.testing.assert_allclose(loaded.sample(2, steps=2), expected, atol=1e-5)
+
+
+def test_shipped_models_are_found_by_name(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_PRETRAINED", saved[1].parent)
+    assert models.names() == ["model"]
+    assert models.path("model") == saved[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert models.path("model") == saved[1]  # a name wins
+    with pytest.raises(FileNotFoundError, match=r"has no model\.keras"):
+        models.path("./model")
+    with pytest.raises(FileNotFoundError, match="Did you mean 'model'"):
+        models.path("modl")
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_shipped_models_load_and_sample(name):
+    model = models.load(name)
+    images = model.sample(2, steps=2, label=None if model.num_classes is None else [0, 1])
+    assert images.shape == (2, *model.sample_shape) and np.isfinite(images).all()
+    assert models.path(name).stat().st_size < 20e6
+
+
+def test_what_is_no_model_is_refused(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model 'nowhere'"):
+        models.path("nowhere")
+    other = tmp_path / "picture.png"
+    other.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"not a \.keras file"):
+        models.path(other)
+    (tmp_path / "saved_model.pb").write_bytes(b"")
+    with pytest.raises(ValueError, match="exported SavedModel"):
+        models.path(tmp_path)
+
+
+def test_damaged_files_are_refused(saved, tmp_path):
+    content, damaged = saved[1].read_bytes(), tmp_path / "x.keras"
+    for size in (0, 10, len(content) // 2, len(content) - 10):
+        damaged.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="cannot be read as a Keras model"):
+            models.load(damaged)
+
+
+def test_models_of_another_kind_are_refused(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.save(tmp_path / "x.keras")
+    with pytest.raises(ValueError, match=r"a Sequential, not a tfdiffusion\.DiffusionModel"):
+        models.load(tmp_path / "x.keras")
+
+
+class Recorded:
+    """Stands for a U-Net and checks what that would check."""
+
+    def __init__(self, *, widths, patch_size, groups, attention_levels, out_channels, **_):
+        assert all(width % groups == 0 for width in widths)
+        assert all(level < len(widths) for level in attention_levels)
+        self.widths, self.patch_size, self.out_channels = widths, patch_size, out_channels
+        self.factor = patch_size * 2 ** (len(widths) - 1)
+
+
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_a_unet_fits_every_side_or_a_side_is_named_that_does(size, monkeypatch):
+    monkeypatch.setattr(networks, "UNet", Recorded)
+    fitting = 0
+    for side in range(1, 520):
+        try:
+            network = models.unet((side, side, 3), size=size)
+        except ValueError as error:
+            nearest = int(str(error).rstrip(".").split()[-1])
+            assert abs(nearest - side) <= max(8, 0.1 * side)
+            network, side = models.unet((nearest, nearest, 3), size=size), nearest
+        else:
+            fitting += 1
+        assert side % network.factor == 0
+        assert side / network.factor <= 16  # the coarsest grid, where all positions attend
+        assert side / network.patch_size <= 32
+        assert network.out_channels == 3
+    assert fitting > 80
+
+
+def test_common_sides(monkeypatch):
+    monkeypatch.setattr(networks, "UNet", Recorded)
+    patches = {side: models.unet((side, side, 1)).patch_size for side in (8, 16, 28, 32, 64, 256)}
+    assert patches == {8: 1, 16: 1, 28: 2, 32: 2, 64: 4, 256: 16}
+    assert models.unet((32, 48, 1)).patch_size == 4  # the longer side decides
+
+
+def test_a_unet_is_built_for_its_shape():
+    network = models.unet((12, 8, 3), num_classes=4, dtype="mixed_bfloat16")
+    network.build({"x": (None, 12, 8, 3), "time": (None,), "label": (None,)})
+    assert network.num_classes == 4 and network.dtype_policy.name == "mixed_bfloat16"
+    assert network.compute_output_shape({"x": (5, 12, 8, 3)}) == (5, 12, 8, 3)
+
+
+def test_unet_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="Did you mean 'small'"):
+        models.unet((8, 8, 1), size="smal")
+    with pytest.raises(ValueError, match="shape of an image"):
+        models.unet((8, 8))
