@@ -173,7 +173,8 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         seed: int = 0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # Data and times stay in float32; the network casts what it wants in its own policy.
+        super().__init__(autocast=False, **kwargs)
         if not 0.0 <= label_dropout < 1.0:
             raise ValueError(f"label_dropout must lie in [0, 1). Received {label_dropout}.")
         if sigma_data <= 0.0:
