@@ -426,8 +426,8 @@ class Tabulated(Process):
 
     def snap(self, t):
         """round(t T)/T, at least 1/T."""
-        # Halves go down in float32 as in float64, so that both visit the same steps.
-        step = ops.round(_tensor(t) * self.num_timesteps - 1e-3)
+        # Halves go down whatever the rounding of t: float32 and float64 visit the same steps.
+        step = ops.round((_tensor(t) - 2.5e-7) * self.num_timesteps)
         step = ops.clip(step, 1, self.num_timesteps)
         return step / self.num_timesteps
 

@@ -193,9 +193,10 @@ def _trailing(process, u, latest):
 def _leading(process, u, latest):
     # From the first step forwards in equal strides: what the first DDPM and DDIM code did. It stops
     # a stride short of the noisiest step, so it is here for comparison, not for use.
-    first = 1.0 / (process.num_timesteps or 1000)
-    stride = ops.floor((process.num_timesteps or 1000) / _count(u)) * first
-    return first + stride * (_count(u) - 1.0 - u * _count(u))
+    steps = process.num_timesteps or ops.maximum(_count(u), 1000.0)
+    stride = ops.floor(steps / _count(u))
+    share = (1.0 + stride * (_count(u) - 1.0 - u * _count(u))) / steps
+    return latest * ops.minimum(share, 1.0)
 
 
 def _linspace(process, u, latest):
@@ -211,12 +212,14 @@ def _quadratic(process, u, latest):
 
 
 def _karras(process, u, latest):
-    # σ^(1/7) in equal strides between the process's own ends (EDM, arXiv:2206.00364, eq. 5).
+    # (σ/α)^(1/7) in equal strides between the process's ends (EDM, arXiv:2206.00364, eq. 5), which
+    # are cut to e^±8 where they are not finite. The first time is the latest all the same.
     ends = ops.convert_to_tensor([latest, 1.0 / (process.num_timesteps or 1000)], dtype=u.dtype)
     log_snr = ops.clip(process.log_snr(ends), -16.0, 16.0)
     high, low = ops.exp(-log_snr[0] / 14.0), ops.exp(-log_snr[1] / 14.0)
     share = u * _count(u) / ops.maximum(_count(u) - 1.0, 1.0)
-    return process.inverse_log_snr(-14.0 * ops.log(high + share * (low - high)))
+    t = process.inverse_log_snr(-14.0 * ops.log(high + share * (low - high)))
+    return ops.where(share > 0.0, t, latest)
 
 
 def _count(u):
@@ -247,12 +250,12 @@ def grid(name: str, num_steps, process: Process, latest: float = 1.0, dtype: str
     | leading   | equal strides from the first step; stops short of t = 1      |
     | linspace  | both ends included                                           |
     | quadratic | (1 − k/N)²                                                   |
-    | karras    | σ^(1/7) in equal strides (EDM)                               |
+    | karras    | (σ/α)^(1/7) in equal strides (EDM)                           |
 
     Args:
         name: one of the above.
         num_steps: N, an integer or an integer scalar tensor.
-        process: on a chain, times are rounded to its own.
+        process: on a chain, times are rounded to its own, and no step is visited twice.
         latest: the first time.
         dtype: of the result.
 
@@ -266,7 +269,13 @@ def grid(name: str, num_steps, process: Process, latest: float = 1.0, dtype: str
     if isinstance(num_steps, int | np.integer):
         check_steps(num_steps, process)
     rank = ops.cast(ops.arange(num_steps), dtype)
-    return process.snap(make(process, rank / ops.cast(num_steps, dtype), latest))
+    count = ops.cast(num_steps, dtype)
+    t = process.snap(make(process, rank / count, latest))
+    if process.num_timesteps is None:
+        return t
+    # Strides shorter than a step round to none at either end: count from that end instead.
+    last, first = (count - rank) / process.num_timesteps, 1.0 - rank / process.num_timesteps
+    return process.snap(ops.maximum(ops.minimum(t, first), last))
 
 
 def check_steps(num_steps: int, process: Process) -> None:
