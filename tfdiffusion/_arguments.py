@@ -90,35 +90,41 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the arguments of a command; UsageError if one is unknown or of the wrong kind."""
-    from tfdiffusion import __version__
-
-    parser = _Parser(prog="tfdiffusion", description=_DESCRIPTION, epilog=_EXAMPLES)
-    parser.add_argument("--version", action="version", version=f"tfdiffusion {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    parsers = {
-        "train": _train_parser(commands),
-        "sample": _sample_parser(commands),
-        "export": _export_parser(commands),
-        "info": _info_parser(commands),
-    }
-    for one in parsers.values():
-        one.add_argument(
-            "--debug", action="store_true", help="show tracebacks and TensorFlow's messages"
-        )
+    parser, commands = parsers()
     if not argv:
         parser.print_help()
         raise SystemExit(2)
-    if not argv[0].startswith("-") and argv[0] not in parsers:
-        raise UsageError(_unknown("command", argv[0], parsers))
+    if not argv[0].startswith("-") and argv[0] not in commands:
+        raise UsageError(_unknown("command", argv[0], commands))
     args, extra = parser.parse_known_args(argv)
     if args.command is None:
         parser.error("a command is missing: train, sample, export or info")
     if extra:
         if not extra[0].startswith("-"):
-            parsers[args.command].error(f"unexpected argument {extra[0]!r}")
-        known = parsers[args.command]._option_string_actions
+            commands[args.command].error(f"unexpected argument {extra[0]!r}")
+        known = commands[args.command]._option_string_actions
         raise UsageError(_unknown("option", extra[0].split("=")[0], known))
     return args
+
+
+def parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the command line, and that of each command."""
+    from tfdiffusion import __version__
+
+    parser = _Parser(prog="tfdiffusion", description=_DESCRIPTION, epilog=_EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"tfdiffusion {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    by_name = {
+        "train": _train_parser(commands),
+        "sample": _sample_parser(commands),
+        "export": _export_parser(commands),
+        "info": _info_parser(commands),
+    }
+    for command in by_name.values():
+        command.add_argument(
+            "--debug", action="store_true", help="show tracebacks and TensorFlow's messages"
+        )
+    return parser, by_name
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -223,7 +229,7 @@ def _train_parser(commands: Any) -> _Parser:
     )
     training.add_argument(
         "--seed",
-        type=_whole(0),
+        type=_whole(0, 2**31 - 1),
         default=0,
         metavar="N",
         help="of weights, order and noise (default: 0)",
@@ -291,7 +297,11 @@ def _sample_parser(commands: Any) -> _Parser:
         "varied, 0 ignores it",
     )
     parser.add_argument(
-        "--seed", type=_whole(0), default=0, metavar="N", help="of the first image (default: 0)"
+        "--seed",
+        type=_whole(0, 2**62),
+        default=0,
+        metavar="N",
+        help="of the first image (default: 0)",
     )
     parser.add_argument(
         "--out",
