@@ -179,12 +179,11 @@ class _Graph:
             name: np.zeros([size or 1 for size in spec.shape], spec.dtype.as_numpy_dtype)
             for name, spec in {**self.rows, **self._noisy_rows()}.items()
         }
-        zeros["num_steps"] = np.int32(1)
-        if self.model.num_classes is not None:
-            zeros["guidance"] = np.ones([1], np.float32)
-        zeros["t"] = np.ones([1], np.float32) * np.float32(self.model.raw.latest)
+        cheap = {**zeros, "num_steps": np.int32(1)}
+        cheap["guidance"] = np.ones([1], np.float32)
+        cheap["t"] = np.full([1], self.model.raw.latest, np.float32)
         return {
-            name: {key: zeros[key] for key in function.structured_input_signature[1]}
+            name: {key: cheap[key] for key in function.structured_input_signature[1]}
             for name, function in self.signatures.items()
         }
 
