@@ -245,7 +245,7 @@ class GaussianData:
 
 
 class MixtureData:
-    """x_0 ~ Σ_k w_k N(μ_k, v_k I), seen at a noise level (alpha, sigma)."""
+    """x_0 ~ Σ_k w_k N(μ_k, v_k I), seen at noise levels (alpha, sigma), numbers or (N, 1)."""
 
     def __init__(self, means, variances, weights=None):
         self.means = np.asarray(means, dtype=np.float64)
@@ -255,12 +255,19 @@ class MixtureData:
         self.weights = weights / weights.sum()
 
     def log_density(self, x_t, alpha, sigma):
-        """ln q_t at x_t (N, D), by SciPy's multivariate normal."""
+        """ln q_t at x_t (N, D), by SciPy's normal distribution."""
         logs = [
-            np.log(w) + stats.multivariate_normal(alpha * m, alpha**2 * v + sigma**2).logpdf(x_t)
+            np.log(w) + stats.norm(alpha * m, np.sqrt(alpha**2 * v + sigma**2)).logpdf(x_t).sum(-1)
             for w, m, v in zip(self.weights, self.means, self.variances)
         ]
         return special.logsumexp(logs, axis=0)
+
+    def distribution(self, x_t, alpha, sigma):
+        """P(X_t <= x_t) for x_t (N, 1), one dimension."""
+        return sum(
+            w * stats.norm(alpha * m, np.sqrt(alpha**2 * v + sigma**2)).cdf(x_t)
+            for w, m, v in zip(self.weights, self.means, self.variances)
+        )
 
     def score(self, x_t, alpha, sigma, h=1e-5):
         """∇ log q_t by central differences of the density."""
@@ -271,10 +278,10 @@ class MixtureData:
         return np.stack(columns, axis=-1)
 
     def posterior_moments(self, x_t, alpha, sigma, limit=12.0, count=20001):
-        """Mean and variance of x_0 given x_t (N,), one dimension, by quadrature of Bayes' rule."""
+        """Mean and variance of x_0 given x_t (N, 1), one dimension, by quadrature of Bayes."""
         x_0 = np.linspace(-limit, limit, count)
         prior = np.exp(self.log_density(x_0[:, None], 1.0, 0.0))
-        joint = prior * stats.norm.pdf(np.asarray(x_t)[:, None], alpha * x_0, sigma)
-        mass = joint.sum(-1)
-        mean = (joint * x_0).sum(-1) / mass
-        return mean, (joint * x_0**2).sum(-1) / mass - mean**2
+        joint = prior * stats.norm(alpha * x_0, sigma).pdf(x_t)  # (N, count)
+        mass = joint.sum(-1, keepdims=True)
+        mean = (joint * x_0).sum(-1, keepdims=True) / mass
+        return mean, (joint * (x_0 - mean) ** 2).sum(-1, keepdims=True) / mass

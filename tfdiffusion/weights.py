@@ -109,15 +109,14 @@ class VLB(Weight):
     """
 
     def __call__(self, process: Process, t):
-        """½ SNR (expm1(Δλ)) T on a chain, −½ SNR dλ/dt otherwise."""
+        """½ T (SNR_{i−1} − SNR_i) on a chain, −½ SNR dλ/dt otherwise."""
         snr = ops.exp(process.log_snr(t))
         if process.num_timesteps is None:
             # g² = −σ² dλ/dt, and α² = SNR σ².
             return 0.5 * snr * (process.diffusion(t) / process.sigma(t)) ** 2
-        previous = process.log_snr(ops.maximum(t - 1.0 / process.num_timesteps, 0.0))
-        fall = ops.expm1(previous - process.log_snr(t))
-        fall = ops.where(ops.isfinite(fall), fall, ops.ones_like(fall))
-        return 0.5 * process.num_timesteps * snr * fall
+        before = ops.exp(process.log_snr(ops.maximum(t - 1.0 / process.num_timesteps, 0.0)))
+        fall = ops.where(ops.isfinite(before), before - snr, snr)
+        return 0.5 * process.num_timesteps * fall
 
 
 _WEIGHTS = {"snr": SNR, "min_snr": MinSNR, "p2": P2, "sigmoid": Sigmoid, "vlb": VLB}
