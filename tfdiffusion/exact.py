@@ -15,7 +15,6 @@ import numpy as np
 from keras import ops
 
 from tfdiffusion import processes
-from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 
 
@@ -94,7 +93,7 @@ class GaussianMixture(Denoiser):
         """E[x_0 | x_t]: the components' posterior means, weighed by their posterior."""
         x_t = ops.convert_to_tensor(x_t)
         alpha, variance, offset, log_joint = self._components(x_t, t)
-        responsibility = ops.softmax(log_joint, axis=-1)  # (B, K)
+        responsibility = _normalized(log_joint)  # (B, K)
         gain = alpha * ops.cast(self.variances, x_t.dtype) / variance  # (K,) or (B, K)
         posterior = ops.cast(self.means, x_t.dtype) + ops.expand_dims(gain, -1) * offset
         return ops.sum(responsibility[..., None] * posterior, axis=1)
@@ -103,13 +102,14 @@ class GaussianMixture(Denoiser):
         """∇ log q_t(x_t), without the division by α or σ: finite at t = 0 too."""
         x_t = ops.convert_to_tensor(x_t)
         _, variance, offset, log_joint = self._components(x_t, t)
-        responsibility = ops.softmax(log_joint, axis=-1)
+        responsibility = _normalized(log_joint)
         return -ops.sum((responsibility / variance)[..., None] * offset, axis=1)
 
     def sample_exact(self, x_1):
         """Endpoint at t = 0 of the probability-flow ODE from x_1, for a single Gaussian.
 
-        x_0 − μ = (x_1 − α μ) √(v / (α² v + σ²)).
+        (x_t − α μ)/√V with V = α² v + σ² does not change along the flow; at t = 0, V is v, or a
+        little more where the process keeps some noise.
 
         Raises:
             ValueError: If the mixture has more than one component.
@@ -120,7 +120,13 @@ class GaussianMixture(Denoiser):
                 "components."
             )
         x_1 = ops.convert_to_tensor(x_1)
-        alpha, sigma = self.process.alpha(1.0), self.process.sigma(1.0)
         mean, variance = ops.cast(self.means[0], x_1.dtype), float(self.variances[0])
-        shrink = ops.sqrt(variance / (alpha**2 * variance + sigma**2))
-        return mean + rows(shrink, x_1) * (x_1 - rows(alpha, x_1) * mean)
+        times = ops.convert_to_tensor([0.0, 1.0], dtype=x_1.dtype)
+        alpha, sigma = self.process.alpha(times), self.process.sigma(times)
+        spread = ops.sqrt(alpha**2 * variance + sigma**2)
+        return alpha[0] * mean + spread[0] / spread[1] * (x_1 - alpha[1] * mean)
+
+
+def _normalized(log_joint):
+    """Softmax over components; Keras' own warns where there is only one."""
+    return ops.exp(log_joint - ops.logsumexp(log_joint, axis=-1, keepdims=True))
