@@ -3,7 +3,7 @@
 A denoiser is a function (x_t, t) → x̂_0 ≈ E[x_0 | x_t] together with its process; the noise, the
 score and the probability-flow velocity are then other ways to write the same thing,
 
-    ε̂ = (x_t − α x̂_0)/σ,    ∇ log q(x_t) = −ε̂/σ,    dx/dt = f x_t − ½ g² ∇ log q(x_t),
+    ε̂ = (x_t − α x̂_0)/σ,    ∇ log q(x_t) = −ε̂/σ,    dx/dt = α' x̂_0 + σ' ε̂,
 
 by Tweedie's formula. Samplers see nothing but denoisers, so guidance, clipping, inpainting are
 wrappers that turn a denoiser into a denoiser, and all of them hold for every sampler.
@@ -60,9 +60,14 @@ class Denoiser(abc.ABC):
         return -self.noise(x_t, t) / rows(self.process.sigma(t), x_t)
 
     def velocity(self, x_t, t):
-        """dx/dt of the probability-flow ODE (arXiv:2011.13456, eq. 13)."""
-        drift, diffusion = self.process.drift(t), self.process.diffusion(t)
-        return rows(drift, x_t) * x_t - rows(0.5 * diffusion**2, x_t) * self.score(x_t, t)
+        """dx/dt of the probability-flow ODE, f x − ½ g² ∇ log q (arXiv:2011.13456, eq. 13).
+
+        Written α' x̂_0 + σ' ε̂, it needs neither f nor g, which are infinite where α = 0.
+        """
+        x_0 = self(x_t, t)
+        alpha_slope, sigma_slope = self.process.slopes(t)
+        noise = self.noise_from(x_t, x_0, t)
+        return rows(alpha_slope, x_t) * x_0 + rows(sigma_slope, x_t) * noise
 
 
 def _timestep(process: Process, t):
@@ -70,12 +75,17 @@ def _timestep(process: Process, t):
     return t * (process.num_timesteps or 1000) - 1.0
 
 
+def _log_snr(process: Process, t):
+    """λ, held finite for the network where there is no signal or no noise at all."""
+    return ops.clip(process.log_snr(t), -30.0, 30.0)
+
+
 _TIME_INPUTS: dict[str, Callable] = {
     "timestep": _timestep,
-    "log_snr": lambda process, t: process.log_snr(t),
+    "log_snr": _log_snr,
     "log_sigma": lambda process, t: ops.log(process.sigma(t)),
     # EDM's c_noise (arXiv:2206.00364, table 1), for any process: ln(σ/α)/4.
-    "edm": lambda process, t: -0.125 * process.log_snr(t),
+    "edm": lambda process, t: -0.125 * _log_snr(process, t),
     # A noise-conditioned score network's level, 0 for the largest noise (arXiv:1907.05600).
     "level": lambda process, t: (process.num_timesteps or 1000) * (1.0 - t),
 }
