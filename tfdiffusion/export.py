@@ -174,16 +174,16 @@ class _Graph:
         return functions
 
     def examples(self) -> dict[str, dict[str, np.ndarray]]:
-        """One cheap request a signature."""
+        """A request of one sample for each signature."""
         zeros = {
             name: np.zeros([size or 1 for size in spec.shape], spec.dtype.as_numpy_dtype)
             for name, spec in {**self.rows, **self._noisy_rows()}.items()
         }
-        cheap = {**zeros, "num_steps": np.int32(1)}
-        cheap["guidance"] = np.ones([1], np.float32)
-        cheap["t"] = np.full([1], self.model.raw.latest, np.float32)
+        values = {**zeros, "num_steps": np.int32(1)}
+        values["guidance"] = np.ones([1], np.float32)
+        values["t"] = np.full([1], self.model.raw.latest, np.float32)
         return {
-            name: {key: cheap[key] for key in function.structured_input_signature[1]}
+            name: {key: values[key] for key in function.structured_input_signature[1]}
             for name, function in self.signatures.items()
         }
 
