@@ -169,7 +169,7 @@ def resolve_grid(denoiser: Denoiser, grid: str | Sequence[float], steps: int):
         return make_grid(grid, steps, denoiser.process, denoiser.latest, dtype)
     times = [float(t) for t in grid]
     falling = all(t > s for t, s in itertools.pairwise(times))
-    if not times or not falling or times[-1] <= 0.0 or times[0] > denoiser.latest:
+    if not (times and falling and times[-1] > 0.0 and times[0] <= denoiser.latest):
         raise ValueError(
             f"A grid must fall strictly within (0, {denoiser.latest:g}]. "
             f"Received {times[:3]}{'...' if len(times) > 3 else ''} ({len(times)} times)."
