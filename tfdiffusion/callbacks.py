@@ -141,24 +141,28 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Shows that the first step has begun, which takes far longer than the others."""
-        self.started_at = self.shown_at = time.monotonic()
+        self.shown_at, self.spent = time.monotonic(), 0.0
         if self.bar is not None:
             self.bar.start()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Starts the clock of a step, so that validation doesn't count."""
+        self.begun_at = time.monotonic()
 
     def on_train_batch_end(self, batch, logs=None):
         """Moves the bar, or writes a line if it is time."""
         self.done += 1
         now, loss = time.monotonic(), float(logs["loss"])
-        if self.done == 1:
-            self.first_done_at = now
         if not math.isfinite(loss):
             raise NotFiniteError(f"The loss became {loss} at step {self.done}.")
-        # The first step compiles, so it says nothing about the pace.
-        pace = (now - self.first_done_at) / max(self.done - 1, 1)
-        left = clock(pace * (self.steps - self.done)) if self.done > 1 else "?"
+        left = "?"
+        if self.done > 1:  # the first step compiles, so it says nothing about the pace
+            self.spent += now - self.begun_at
+            left = clock(self.spent / (self.done - 1) * (self.steps - self.done))
         if self.bar is not None:
             (task,) = self.bar.task_ids
-            self.bar.update(task, description="training", completed=self.done, loss=loss, left=left)
+            shown = {"loss": f"{loss:.4f}", "left": left}
+            self.bar.update(task, description="training", completed=self.done, **shown)
         elif now - self.shown_at >= self.seconds or self.done in (1, self.steps):
             line = f"step {self.done}/{self.steps}, loss {loss:.4f}, {left} left"
             print(line, file=sys.stderr, flush=True)
@@ -190,9 +194,9 @@ def _bar(steps: int):
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[left]} left"),
         console=Console(stderr=True),
     )
-    bar.add_task("compiling the first step", total=steps, loss=math.nan, left="?")
+    bar.add_task("compiling the first step", total=steps, loss="?", left="?")
     return bar

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -34,7 +35,7 @@ _PREDICTIONS = {"flow": "flow", "edm": "edm", "ve": "edm"}
 _FLAGS = {
     r"\bimage_size\b": "--image-size",
     r"\bdata_dir=": "--data-dir ",
-    r"\bdata_dir\b": "--data-dir",
+    r"(?<!-)\bdata_dir\b": "--data-dir",  # not the option of `tfds build`
     r"\blabels=False\b": "--unconditional",
     r"\bstrict=False skips them\b": "leave --strict out to skip them",
     r"\bprediction=": "--prediction ",
@@ -93,6 +94,9 @@ def _start(debug: bool) -> None:
     if not debug:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry of a download
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of downloads
     with contextlib.nullcontext() if debug else _held_back_stderr():
         try:
             import absl.logging
