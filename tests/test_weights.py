@@ -133,7 +133,9 @@ def test_bound_of_a_chain_is_the_divergence_of_the_posteriors(name):
             mean, variance = oracles.posterior(now, before, x_0, x_t)
             other, _ = oracles.posterior(now, before, denoised, x_t)
             expected = oracles.kl(mean, variance, other, variance)
-        assert_close(w / 1000 * (x_0 - denoised) ** 2, expected, double=1e-6, single=2e-3)
+        assert_close(
+            w / 1000 * (x_0 - denoised) ** 2, expected, double=1e-6, single=2e-3, floor=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
