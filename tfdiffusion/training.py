@@ -173,8 +173,8 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         seed: int = 0,
         **kwargs,
     ):
-        # Data and times stay in float32; the network casts what it wants in its own policy.
-        super().__init__(autocast=False, **kwargs)
+        # Data, times and averages stay in float32; the network has a dtype policy of its own.
+        super().__init__(autocast=False, **{"dtype": "float32", **kwargs})
         if not 0.0 <= label_dropout < 1.0:
             raise ValueError(f"label_dropout must lie in [0, 1). Received {label_dropout}.")
         if sigma_data <= 0.0:
@@ -254,12 +254,13 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
 
     # Training.
 
-    def compile(self, optimizer="adam", loss=None, **kwargs):
+    def compile(self, optimizer="adam", loss=None, *, auto_scale_loss: bool = True, **kwargs):
         """Keras' `compile`, but for loss and metrics: the model brings its own.
 
         Args:
             optimizer: a Keras optimizer or its name.
             loss: None.
+            auto_scale_loss: scale the loss where the network computes in float16.
             **kwargs: the other arguments of `keras.Model.compile`, which checks them.
 
         Raises:
@@ -273,7 +274,19 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
                 f"compile takes no loss and no metrics: the model brings its own. Received {given}."
                 " Choose the objective with DiffusionModel(prediction=..., weight=...)."
             )
-        super().compile(optimizer, **kwargs)
+        optimizer = keras.optimizers.get(optimizer)
+        policy = getattr(self.network, "dtype_policy", None)
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if auto_scale_loss and not scaled and policy and policy.name == "mixed_float16":
+            # Keras would ask the policy of the whole model.
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        super().compile(optimizer, auto_scale_loss=auto_scale_loss, **kwargs)
+
+    def compile_from_config(self, config: dict) -> None:
+        """See base class, which leaves this to models with a `compile` of their own."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
 
     def losses_at(self, x_0, label, t, keys, training: bool = False):
         """The objective of each example: w(t) ‖y_θ(x_t, t) − y‖², averaged over its elements.
@@ -355,6 +368,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         Returns:
             Keras' `History`.
         """
+        _check_weights_are_seen(y, kwargs)
         shape = _batch_shape(x)
         # Built before it is traced, the training step is traced once instead of twice.
         if not self.built and shape is not None:
@@ -375,6 +389,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         Returns:
             What Keras' `evaluate` returns.
         """
+        _check_weights_are_seen(y, kwargs)
         self._start_average()
         return super().evaluate(x, y, **kwargs)
 
@@ -580,6 +595,14 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
                 f"label must be integers from 0 to {self.num_classes - 1}. Received {label!r}."
             )
         return seeds, labels, scales
+
+
+def _check_weights_are_seen(y, arguments: dict) -> None:
+    if y is None and arguments.get("sample_weight") is not None:
+        raise ValueError(
+            "Keras drops sample_weight where there is no y. Pass y as well: the labels, or "
+            "anything of one row an image, which a model without classes ignores."
+        )
 
 
 def _one_a_row(what: str, values, dtype: str):
