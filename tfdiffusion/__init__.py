@@ -7,23 +7,35 @@ one SavedModel.
 from __future__ import annotations
 
 import importlib
-
-from tfdiffusion import (
-    denoiser,
-    guidance,
-    networks,
-    predictions,
-    processes,
-    random,
-    samplers,
-    times,
-    training,
-    weights,
-)
-from tfdiffusion.samplers import sample
-from tfdiffusion.training import DiffusionModel
+import os
+import sys
 
 __version__ = "0.1.0"
+
+
+def _is_command() -> bool:
+    """Whether this process is the command `tfdiffusion` or `python -m tfdiffusion`."""
+    name = os.path.splitext(os.path.basename(sys.argv[0] if sys.argv else ""))[0]
+    return name == "tfdiffusion" or (name == "-m" and "tfdiffusion" in sys.orig_argv[1:4])
+
+
+# Importing the library brings every class that a saved model can name. The command line answers
+# --help without Keras, and holds TensorFlow's first messages back while it imports the rest.
+if not _is_command():
+    from tfdiffusion import (
+        denoiser,
+        guidance,
+        networks,
+        predictions,
+        processes,
+        random,
+        samplers,
+        times,
+        training,
+        weights,
+    )
+    from tfdiffusion.samplers import sample
+    from tfdiffusion.training import DiffusionModel
 
 # These bring matplotlib, TensorFlow or data sets with them: imported when first used.
 _LAZY = ("cli", "data", "evaluation", "exact", "export", "models", "plotting")
