@@ -97,7 +97,7 @@ def _start(debug: bool) -> None:
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry of a download
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of downloads
-    with contextlib.nullcontext() if debug else _held_back_stderr():
+    with _quietly(debug):
         try:
             import absl.logging
             import keras
@@ -112,11 +112,14 @@ def _start(debug: bool) -> None:
 
 
 @contextlib.contextmanager
-def _held_back_stderr() -> Iterator[None]:
+def _quietly(debug: bool) -> Iterator[None]:
     """Keeps what is written to file descriptor 2, and shows it if the block fails.
 
     TensorFlow's first messages come from C++ before its log level is read.
     """
+    if debug:
+        yield
+        return
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
         stderr = os.dup(2)
@@ -191,7 +194,8 @@ def _train(args: argparse.Namespace) -> None:
 
     args.prediction = args.prediction or _PREDICTIONS.get(args.process, "v")
     _check_names(args)
-    keras.utils.set_random_seed(args.seed)
+    with _quietly(args.debug):  # on JAX, this is where Keras imports TensorFlow
+        keras.utils.set_random_seed(args.seed)
     examples = _read(args)
     with _told(UsageError):
         model = _model(args, examples)
