@@ -218,6 +218,10 @@ class Examples:
             if seed is None:
                 return self._stream
             seed = tf.random.stateless_uniform((), seed, None, None, tf.int64)
+            # A global seed of 0 makes TensorFlow compare this one with 0, which no tensor in a
+            # graph can answer. One set here counts in this graph alone.
+            if not tf.executing_eagerly():
+                tf.random.set_seed(1)
             return self._stream.shuffle(buffer, seed, reshuffle_each_iteration=False)
 
         return order, lambda batch: batch
