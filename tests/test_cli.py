@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import tfdiffusion as tfd
-from tfdiffusion import _arguments, _names, callbacks, cli, models, networks, runs
+from tfdiffusion import _arguments, _names, callbacks, cli, models, networks, runs, training
 
 ROOT = Path(__file__).parent.parent
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -312,7 +312,7 @@ def test_folders_that_cannot_be_trained_on(photos, monkeypatch, capsys):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (MemoryError(), "Use a smaller --batch-size"),
-        (callbacks.NotFiniteError("The loss became nan at step 3."), "a smaller --learning-rate"),
+        (training.NotFiniteError("The loss became nan at step 3."), "a smaller --learning-rate"),
     ],
     ids=["disk", "memory", "nan"],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -119,19 +118,12 @@ class StopAtStep(keras.callbacks.Callback):
         self.steps = 0
 
 
-class NotFiniteError(ArithmeticError):
-    """The loss became NaN or infinite."""
-
-
 class Progress(keras.callbacks.Callback):
     """Shows step, loss and time left: a bar in a terminal, a line every few seconds elsewhere.
 
     Args:
         steps: batches that will be trained on.
         seconds: between two lines where there is no terminal.
-
-    Raises:
-        NotFiniteError: From `fit`, when the loss is NaN or infinite.
     """
 
     def __init__(self, steps: int, seconds: float = 10.0):
@@ -153,8 +145,6 @@ class Progress(keras.callbacks.Callback):
         """Moves the bar, or writes a line if it is time."""
         self.done += 1
         now, loss = time.monotonic(), float(logs["loss"])
-        if not math.isfinite(loss):
-            raise NotFiniteError(f"The loss became {loss} at step {self.done}.")
         left = "?"
         if self.done > 1:  # the first step compiles, so it says nothing about the pace
             self.spent += now - self.begun_at

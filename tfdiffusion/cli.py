@@ -220,7 +220,8 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _fit(run: Any) -> None:
-    from tfdiffusion.callbacks import NotFiniteError, clock
+    from tfdiffusion.callbacks import clock
+    from tfdiffusion.training import NotFiniteError
 
     held_out = "" if run.held_out is None else f", {run.held_out.num_examples} held out"
     size = "x".join(map(str, run.examples.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import keras
@@ -24,6 +25,22 @@ _register = keras.saving.register_keras_serializable(package="tfdiffusion")
 # Streams of a training key, and the seed of the noise that validation always sees.
 _TIMES, _NOISE, _LABEL_DROPOUT = 0, 1, 2
 _VALIDATION_SEED = 0x76616C
+
+# What a batch can be refused for: the number is what the graph writes down.
+_NOT_FINITE, _OUT_OF_RANGE, _BAD_LABEL, _DIVERGED = 1, 2, 3, 4
+_FAULTS = {
+    _NOT_FINITE: "its data hold NaN or infinite values. Find and fix these images",
+    _OUT_OF_RANGE: "its images leave [-1, 1]. Bytes become that by x / 127.5 - 1; for data without "
+    "such a range make the model with DiffusionModel(..., bounded=False)",
+    _BAD_LABEL: "it has labels outside 0 to {last}, the classes of the network",
+    _DIVERGED: "the loss or its gradient became NaN or infinite. Use a smaller learning rate, or "
+    "clip gradients: keras.optimizers.Adam(..., clipnorm=1.0)",
+}
+_SLACK = 1e-3  # beyond [-1, 1], for images that were resized or compressed in 16 bits
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss became NaN or infinite."""
 
 
 @_register
@@ -90,8 +107,53 @@ class ExponentialMovingAverage(keras.layers.Layer):
         return {**super().get_config(), "decay": self.decay}
 
 
+class _CheckedMetric(keras.metrics.Metric):
+    """A metric that reads NaN once a batch was refused, and says why."""
+
+    def __init__(self, name: str, **kwargs):
+        super().__init__(name=name, **kwargs)
+        # Counts, which replicas can add up.
+        self.faults = self._zeros("faults", (max(_FAULTS) + 1,))
+
+    def _zeros(self, name: str, shape: tuple = (), dtype: str = "float32"):
+        return self.add_weight(shape=shape, initializer="zeros", dtype=dtype, name=name)
+
+    def note(self, fault) -> None:
+        """Counts a fault, a key of `_FAULTS` or 0."""
+        self.faults.assign_add(ops.one_hot(fault, max(_FAULTS) + 1, dtype="float32"))
+
+    def checked(self, value):
+        """The value, or NaN."""
+        return ops.where(ops.sum(self.faults.value[1:]) > 0, math.nan, value)
+
+    @property
+    def fault(self) -> int:
+        """The first key of `_FAULTS` that occurred, or 0."""
+        counts = ops.convert_to_numpy(self.faults)
+        return next((fault for fault in _FAULTS if counts[fault]), 0)
+
+
 @_register
-class LossByNoiseLevel(keras.metrics.Metric):
+class TrainingLoss(_CheckedMetric):
+    """Mean loss of the batches since the last reset."""
+
+    def __init__(self, name: str = "loss", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.total, self.count = self._zeros("total"), self._zeros("count")
+
+    def update_state(self, loss, fault=0):
+        """Adds the loss () of a batch, and why it was refused, 0 if it was not."""
+        self.note(fault)
+        self.total.assign_add(ops.cast(loss, "float32"))
+        self.count.assign_add(1.0)
+
+    def result(self):
+        """The mean."""
+        return self.checked(ops.divide_no_nan(self.total.value, self.count.value))
+
+
+@_register
+class LossByNoiseLevel(_CheckedMetric):
     """Mean loss over all times, and within each of four equal quarters of (0, 1].
 
     Also counts the batches since its last reset, from which validation derives its noise.
@@ -99,15 +161,14 @@ class LossByNoiseLevel(keras.metrics.Metric):
 
     def __init__(self, name: str = "loss_by_noise_level", **kwargs):
         super().__init__(name=name, **kwargs)
-        zeros = {"initializer": "zeros", "dtype": "float32"}
-        self.total = self.add_weight(shape=(4,), name="total", **zeros)
-        self.count = self.add_weight(shape=(4,), name="count", **zeros)
-        self.batches = self.add_weight(shape=(), name="batches", initializer="zeros", dtype="int32")
+        self.total, self.count = self._zeros("total", (4,)), self._zeros("count", (4,))
+        self.batches = self._zeros("batches", dtype="int32")
 
-    def update_state(self, losses, t):
-        """Adds losses (B,) at times t (B,)."""
+    def update_state(self, losses, t, fault=0):
+        """Adds losses (B,) at times t (B,), and why the batch was refused, 0 if it was not."""
         quarter = ops.clip(ops.cast(ops.ceil(ops.cast(t, "float32") * 4.0), "int32") - 1, 0, 3)
         member = ops.one_hot(quarter, 4, dtype="float32")
+        self.note(fault)
         self.total.assign_add(ops.sum(member * ops.cast(losses, "float32")[:, None], axis=0))
         self.count.assign_add(ops.sum(member, axis=0))
         self.batches.assign_add(1)
@@ -116,7 +177,29 @@ class LossByNoiseLevel(keras.metrics.Metric):
         """{"loss": ..., "loss_q1": ... "loss_q4": ...}: q1 has the least noise, q4 the most."""
         quarters = ops.divide_no_nan(self.total.value, self.count.value)
         mean = ops.divide_no_nan(ops.sum(self.total.value), ops.sum(self.count.value))
+        mean = self.checked(mean)
         return {"loss": mean, **{f"loss_q{i + 1}": quarters[i] for i in range(4)}}
+
+
+class _StopAtFault(keras.callbacks.Callback):
+    """Raises at the batch that was refused; put first, so that nobody saves in between."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Looks at the loss of the step."""
+        if math.isnan(float(logs["loss"])):
+            self._stop(self.model.loss_tracker, f"Training stopped at step {batch + 1} of an epoch")
+
+    def on_test_batch_end(self, batch, logs=None):
+        """Looks at the loss of a validation batch."""
+        if math.isnan(float(logs["loss"])):
+            self._stop(self.model.validation_loss, f"Validation stopped at batch {batch + 1}")
+
+    def _stop(self, metric, what: str):
+        fault = metric.fault or _DIVERGED
+        why = _FAULTS[fault].format(last=(self.model.num_classes or 1) - 1)
+        done = f" The weights are those of step {self.model.steps_done - 1}, before that batch."
+        kind = NotFiniteError if fault == _DIVERGED else ValueError
+        raise kind(f"{what}: {why}.{done * (metric is self.model.loss_tracker)}")
 
 
 @_register
@@ -152,10 +235,14 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         ema_decay: of the averaged weights; None keeps no average.
         time_input: what the network is told about time; see `NetworkDenoiser`.
         sigma_data: standard deviation of the data.
+        bounded: whether the data lie in [−1, 1], which training then checks and sampling makes use
+            of; by default so for images, and not so for points. Pass False for latents.
         seed: of times and noise in training.
 
     Raises:
-        ValueError: If a name is unknown or a number out of its range.
+        ValueError: If a name is unknown or a number out of its range. `fit` raises it for data of
+            another kind than described above, and `NotFiniteError` when the loss is no number any
+            more; the weights are then those before that batch.
     """
 
     def __init__(
@@ -170,6 +257,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         ema_decay: float | None = 0.999,
         time_input: str = "timestep",
         sigma_data: float = 1.0,
+        bounded: bool | None = None,
         seed: int = 0,
         **kwargs,
     ):
@@ -187,8 +275,9 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         self.weight = weights.get(weight)
         self.times = _get_times(times)
         self.label_dropout, self.seed = float(label_dropout), int(seed)
+        self._bounded = bounded
         self.ema = None if ema_decay is None else ExponentialMovingAverage(ema_decay, name="ema")
-        self.loss_tracker = keras.metrics.Mean(name="loss")
+        self.loss_tracker = TrainingLoss()
         self.validation_loss = LossByNoiseLevel()
         self.sample_shape: tuple[int, ...] | None = None
         self._compiled_samplers: dict = {}
@@ -230,6 +319,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
             "ema_decay": None if self.ema is None else self.ema.decay,
             "time_input": self.raw.time_input,
             "sigma_data": self.raw.sigma_data,
+            "bounded": self._bounded,
             "seed": self.seed,
         }
 
@@ -251,6 +341,17 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
     def num_classes(self) -> int | None:
         """Number of classes, None for an unconditional model."""
         return self.raw.num_classes
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the data lie in [−1, 1]."""
+        return len(self.sample_shape) == 3 if self._bounded is None else self._bounded
+
+    @property
+    def steps_done(self) -> int:
+        """Training steps taken so far, also by the runs that this one resumes."""
+        _backend.synchronize(self)
+        return int(self.step_count.value) if self.built else 0
 
     # Training.
 
@@ -316,7 +417,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         return self.weight(self.process, t) * (sigma_t / determinant) ** 2
 
     def mean_loss(self, data, training: bool = True):
-        """The objective of a training batch, a scalar."""
+        """The objective of a training batch, a scalar; counts the step."""
         x_0, label, sample_weight = self._unpack(data)
         batch = ops.shape(x_0)[0]
         keys = random.fold_in(random.keys(self.seed), ops.convert_to_tensor(self.step_count))
@@ -332,6 +433,27 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
             losses = losses * sample_weight
         # Keras' own `losses` are those of regularizers and `add_loss`.
         return ops.mean(losses) + sum(self.losses)
+
+    def fault_of(self, data):
+        """Why a batch must be refused: an int32 scalar, a key of `_FAULTS`, or 0."""
+        x_0, label, _ = self._unpack(data)
+        fault = ops.cast(0, "int32")
+        if label is not None:
+            bad = ops.logical_or(ops.min(label) < 0, ops.max(label) >= self.num_classes)
+            fault = ops.where(bad, _BAD_LABEL, fault)
+        if self.bounded:
+            fault = ops.where(ops.any(ops.abs(x_0) > 1.0 + _SLACK), _OUT_OF_RANGE, fault)
+        return ops.where(ops.all(ops.isfinite(x_0)), fault, _NOT_FINITE)
+
+    def fault_of_update(self, fault, loss, gradients):
+        """The fault of a batch, also where it is only seen in the loss or its gradients."""
+        finite = ops.isfinite(loss)
+        if not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            # That one expects gradients to overflow, and skips the step itself.
+            for gradient in gradients:
+                if gradient is not None:
+                    finite = ops.logical_and(finite, ops.isfinite(ops.sum(gradient)))
+        return ops.where(ops.logical_or(fault > 0, finite), fault, _DIVERGED)
 
     def after_update(self, moved) -> None:
         """Called once per training step, behind the optimizer."""
@@ -354,7 +476,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
             losses = self.losses_at(x_0, label, t, keys)
         if sample_weight is not None:
             losses = losses * sample_weight
-        self.validation_loss.update_state(losses, t)
+        self.validation_loss.update_state(losses, t, self.fault_of(data))
         return self.validation_loss.result()
 
     def fit(self, x=None, y=None, **kwargs):
@@ -367,8 +489,15 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
 
         Returns:
             Keras' `History`.
+
+        Raises:
+            ValueError: If data are not as described for the model: before training where they are
+                arrays, else at the batch where it shows.
+            NotFiniteError: If the loss is NaN or infinite. In both cases the weights are those from
+                before that batch.
         """
         _check_weights_are_seen(y, kwargs)
+        self._check_arrays(x, y)
         shape = _batch_shape(x)
         # Built before it is traced, the training step is traced once instead of twice.
         if not self.built and shape is not None:
@@ -376,7 +505,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         self._start_average()
         if self.built and self.compiled and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
-        return super().fit(x, y, **kwargs)
+        return super().fit(x, y, **_with_callback(kwargs, _StopAtFault()))
 
     def evaluate(self, x=None, y=None, **kwargs):
         """Keras' `evaluate`: the loss with averaged weights at fixed noise; see `evaluate_batch`.
@@ -390,8 +519,47 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
             What Keras' `evaluate` returns.
         """
         _check_weights_are_seen(y, kwargs)
+        if not self.built and _batch_shape(x) is not None:
+            self.build(_batch_shape(x))
+        self._check_arrays(x, y)
         self._start_average()
+        if not isinstance(kwargs.get("callbacks"), keras.callbacks.CallbackList):  # not in `fit`
+            kwargs = _with_callback(kwargs, _StopAtFault())
         return super().evaluate(x, y, **kwargs)
+
+    def _check_arrays(self, x, y) -> None:
+        """Looks through NumPy data before training; the graph looks at every batch anyway."""
+        if not isinstance(x, np.ndarray):
+            return
+        if len(x) == 0:
+            raise ValueError(f"There are no data: x has shape {x.shape}.")
+        if x.dtype.kind != "f":
+            raise ValueError(_wrong_dtype(x.dtype))
+        if x.ndim < 2:
+            raise ValueError(
+                f"Expected images (N, H, W, C), or points (N, D). Received shape {x.shape}."
+            )
+        finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
+        if not finite.all():
+            bad = np.flatnonzero(~finite)
+            raise ValueError(
+                f"{len(bad)} of {len(x)} examples hold NaN or infinite values, the first of them "
+                f"x[{bad[0]}]. Find and fix them."
+            )
+        low, high = float(x.min()), float(x.max())
+        images = self._bounded if self._bounded is not None else x.ndim == 4
+        if images and max(-low, high) > 1.0 + _SLACK:
+            raise ValueError(
+                f"Images must lie in [-1, 1]. Received values from {low:g} to {high:g}. Bytes "
+                "become that by x / 127.5 - 1; for data without such a range make the model with "
+                "DiffusionModel(..., bounded=False)."
+            )
+        if isinstance(y, np.ndarray) and self.num_classes is not None and y.dtype.kind in "iu":
+            if len(y) and (y.min() < 0 or y.max() >= self.num_classes):
+                raise ValueError(
+                    f"Labels must be integers from 0 to {self.num_classes - 1}, the classes of the "
+                    f"network. Received {y.min()} to {y.max()}."
+                )
 
     def _start_average(self) -> None:
         """Weights loaded since `build` enter the average."""
@@ -401,10 +569,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
     def _unpack(self, data):
         x_0, label, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if not keras.backend.is_float_dtype(x_0.dtype):
-            raise ValueError(
-                f"Images must be float in [-1, 1]. Received dtype {x_0.dtype}. "
-                "Bytes become that by x / 127.5 - 1, or by the pipelines of tfdiffusion.data."
-            )
+            raise ValueError(_wrong_dtype(x_0.dtype))
         if self.built and tuple(x_0.shape[1:]) != self.sample_shape:
             raise ValueError(
                 f"The model was built for data of shape {self.sample_shape}. "
@@ -418,7 +583,10 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
                 "labels. Pass (images, labels), or make the network with num_classes=None."
             )
         else:
+            dtype = keras.backend.standardize_dtype(label.dtype)
             label = _one_a_row("labels (integers, not one-hot)", label, "int32")
+            if keras.backend.is_float_dtype(dtype):
+                raise ValueError(f"Labels must be integers. Received dtype {dtype}.")
         if sample_weight is not None:
             sample_weight = _one_a_row("sample weights", sample_weight, "float32")
         return ops.cast(x_0, "float32"), label, sample_weight
@@ -455,14 +623,15 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         return model
 
     def guided(
-        self, label=None, guidance=None, *, threshold: str | None = "clip", ema: bool = True
+        self, label=None, guidance=None, *, threshold: str | None = "auto", ema: bool = True
     ) -> Denoiser:
         """A denoiser with label, guidance and thresholding in it, ready for any sampler.
 
         Args:
             label: int (B,) or scalar; None for the unconditional model.
             guidance: scale, a number or float (B,); None for the plain conditional model.
-            threshold: "clip" holds x̂_0 in [−1, 1], "dynamic" is Imagen's, None does neither.
+            threshold: "clip" holds x̂_0 in [−1, 1], "dynamic" is Imagen's, None does neither;
+                "auto" is "clip" for data that lie in [−1, 1] and None for others.
             ema: False for the raw weights.
 
         Raises:
@@ -474,8 +643,9 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         elif label is not None:
             denoiser = Conditioned(denoiser, label)
         wrappers = {"clip": Clipped, "dynamic": DynamicallyThresholded}
-        if threshold is None:
+        if threshold is None or (threshold == "auto" and not self.bounded):
             return denoiser
+        threshold = "clip" if threshold == "auto" else threshold
         return _names.look_up("threshold", threshold, wrappers)(denoiser)
 
     def sample(
@@ -487,7 +657,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         steps: int = 50,
         sampler: str | samplers.Sampler = "ddim",
         grid: str = "uniform",
-        threshold: str | None = "clip",
+        threshold: str | None = "auto",
         seed: int = 0,
         seeds=None,
         ema: bool = True,
@@ -504,7 +674,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
             steps: evaluations of the network a sample (a chain of T steps has at most T).
             sampler: "ddim", "ddpm", ..., or a `Sampler`.
             grid: times to visit; see `tfdiffusion.times.grid`.
-            threshold: see `guided`. Points in 2-D have no fixed range: pass None.
+            threshold: see `guided`.
             seed: of the first image.
             seeds: one a row (num,), instead of seed, seed + 1, …
             ema: False for the raw weights.
@@ -512,7 +682,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
             return_path: also return the states on the way, float32 (steps + 1, num, ...).
 
         Returns:
-            NumPy float32 (num, ...), in [−1, 1] unless threshold=None; or (images, path).
+            NumPy float32 (num, ...), images in [−1, 1] unless threshold=None; or (images, path).
 
         Raises:
             ValueError: If the model has not seen data, a name is unknown or a number out of range.
@@ -595,6 +765,23 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
                 f"label must be integers from 0 to {self.num_classes - 1}. Received {label!r}."
             )
         return seeds, labels, scales
+
+
+def _wrong_dtype(dtype) -> str:
+    return (
+        f"Images must be float in [-1, 1]. Received dtype {dtype}. "
+        "Bytes become that by x / 127.5 - 1, or by the pipelines of tfdiffusion.data."
+    )
+
+
+def _with_callback(arguments: dict, callback: keras.callbacks.Callback) -> dict:
+    """Arguments of `fit` with one callback more, before those that they name."""
+    given = arguments.get("callbacks")
+    if isinstance(given, keras.callbacks.CallbackList):
+        given.append(callback)
+        return arguments
+    given = [] if given is None else given if isinstance(given, list | tuple) else [given]
+    return {**arguments, "callbacks": [callback, *given]}
 
 
 def _check_weights_are_seen(y, arguments: dict) -> None:
