@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracles import numpy
 
 from tfdiffusion import DiffusionModel, networks
-from tfdiffusion.training import NotFiniteError
+from tfdiffusion.fitting import NotFiniteError
 
 BATCH = 4
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import tfdiffusion as tfd
-from tfdiffusion import _arguments, _names, callbacks, cli, models, networks, runs, training
+from tfdiffusion import _arguments, _names, callbacks, cli, fitting, models, networks, runs
 
 ROOT = Path(__file__).parent.parent
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -316,7 +316,7 @@ def test_folders_that_cannot_be_trained_on(photos, monkeypatch, capsys):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (MemoryError(), "Use a smaller --batch-size"),
-        (training.NotFiniteError(training._FAULTS[4]), "infinite. Use a smaller --learning-rate."),
+        (fitting.NotFiniteError(fitting._FAULTS[4]), "infinite. Use a smaller --learning-rate."),
     ],
     ids=["disk", "memory", "nan"],
 )

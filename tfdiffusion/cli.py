@@ -277,7 +277,7 @@ def _take_over(args: argparse.Namespace, begun: dict, folder: Path) -> None:
 
 def _fit(run: Any) -> None:
     from tfdiffusion.callbacks import clock
-    from tfdiffusion.training import NotFiniteError
+    from tfdiffusion.fitting import NotFiniteError
 
     held_out = "" if run.held_out is None else f", {run.held_out.num_examples} held out"
     size = "x".join(map(str, run.examples.shape))
