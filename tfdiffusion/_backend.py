@@ -6,6 +6,7 @@ training step, compilation of a function that reads variables, a derivative, the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -237,6 +238,12 @@ def is_traced(tensor) -> bool:
     import jax
 
     return isinstance(tensor, jax.core.Tracer)
+
+
+def scope(model):
+    """Context in which variables of a model are made where its distribution strategy wants them."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 def synchronize(model) -> None:

@@ -73,7 +73,7 @@ class ExponentialMovingAverage(keras.layers.Layer):
 
     def start(self) -> None:
         """Before the first update the averages are the variables as they are now, not as built."""
-        updates = ops.convert_to_tensor(self.updates)
+        updates = ops.add(self.updates.value, 0)  # one number, also where each replica has its own
         if not _backend.is_traced(updates) and int(updates) == 0:
             self.reset()
 
@@ -125,7 +125,7 @@ class _CheckedMetric(keras.metrics.Metric):
     @property
     def fault(self) -> int:
         """The first key of `_FAULTS` that occurred, or 0."""
-        counts = ops.convert_to_numpy(self.faults)
+        counts = ops.convert_to_numpy(ops.add(self.faults.value, 0.0))
         return next((fault for fault in _FAULTS if counts[fault]), 0)
 
 
@@ -292,7 +292,7 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
     def steps_done(self) -> int:
         """Training steps taken so far, also by the runs that this one resumes."""
         _backend.synchronize(self)
-        return int(self.step_count.value) if self.built else 0
+        return int(ops.add(self.step_count.value, 0)) if self.built else 0
 
     # Training.
 
@@ -414,11 +414,12 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         self._check_arrays(x, y)
         shape = _batch_shape(x)
         # Built before it is traced, the training step is traced once instead of twice.
-        if not self.built and shape is not None:
-            self.build(shape)
-        self._start_average()
-        if self.built and self.compiled and not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)
+        with _backend.scope(self):
+            if not self.built and shape is not None:
+                self.build(shape)
+            self._start_average()
+            if self.built and self.compiled and not self.optimizer.built:
+                self.optimizer.build(self.trainable_variables)
         return super().fit(x, y, **_with_callback(kwargs, _StopAtFault()))
 
     def evaluate(self, x=None, y=None, **kwargs):
@@ -433,10 +434,11 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
             What Keras' `evaluate` returns.
         """
         _check_weights_are_seen(y, kwargs)
-        if not self.built and _batch_shape(x) is not None:
-            self.build(_batch_shape(x))
         self._check_arrays(x, y)
-        self._start_average()
+        with _backend.scope(self):
+            if not self.built and _batch_shape(x) is not None:
+                self.build(_batch_shape(x))
+            self._start_average()
         if not isinstance(kwargs.get("callbacks"), keras.callbacks.CallbackList):  # not in `fit`
             kwargs = _with_callback(kwargs, _StopAtFault())
         return super().evaluate(x, y, **kwargs)
