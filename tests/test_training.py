@@ -372,6 +372,20 @@ def test_the_average_moves_once_per_real_update(accumulate):
     assert np.abs(averages(model)[0] - raw_weights(model)[0]).max() > 1e-4  # raw ones are kept
 
 
+@pytest.mark.parametrize("optimizer", [keras.optimizers.SGD, keras.optimizers.Adam])
+def test_micro_batches_add_up_to_a_batch(optimizer):
+    """Accumulated over 4 batches of 8, the gradient is that of one batch of 32: same noise too."""
+
+    def trained(batch_size, accumulate):
+        model = made(optimizer=optimizer(0.01, gradient_accumulation_steps=accumulate))
+        model.fit(points(96), batch_size=batch_size, shuffle=False, verbose=0)
+        return raw_weights(model), averages(model)
+
+    whole, parts = trained(32, None), trained(8, 4)
+    for mine, theirs in zip(parts, whole):
+        assert_same(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_a_second_fit_goes_on_where_the_first_ended():
     optimizers = [keras.optimizers.Adam(0.05) for _ in range(2)]
     once, twice = (made(optimizer=o, ema_decay=0.9) for o in optimizers)
@@ -654,6 +668,23 @@ def test_mixed_precision_trains_like_float32(policy, float32_losses):
     assert int(model.ema.updates.value) == 48
     assert all(v.dtype == "float32" for v in model.network.trainable_variables)
     assert np.isfinite(model.sample(2, steps=3)).all()
+
+
+def test_remat_changes_nothing_but_memory():
+    def trained(remat):
+        keras.utils.set_random_seed(1)
+        network = networks.UNet(
+            out_channels=1, widths=(4, 4), blocks_per_level=1, groups=2, remat=remat
+        )
+        model = DiffusionModel(network, prediction="v")
+        model.compile(keras.optimizers.SGD(0.05))
+        x = np.random.default_rng(0).uniform(-1, 1, (8, 4, 4, 1)).astype("float32")
+        model.fit(x, batch_size=4, epochs=2, verbose=0, shuffle=False)
+        return raw_weights(model)
+
+    assert_same(trained(True), trained(False), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"dropout would drop other values.*dropout=0.5"):
+        networks.UNet(out_channels=1, dropout=0.5, remat=True)
 
 
 def test_times_keep_their_digits_whatever_the_policy():

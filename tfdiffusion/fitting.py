@@ -334,10 +334,13 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         """The objective of a training batch, a scalar; counts the step."""
         x_0, label, sample_weight = self._unpack(data)
         batch = ops.shape(x_0)[0]
-        keys = random.fold_in(random.keys(self.seed), ops.convert_to_tensor(self.step_count))
-        keys = random.fold_in(keys, _backend.replica_id())
+        # Noise and times belong to the number of the example in the run, so that they are the same
+        # however the examples are cut into (micro-)batches.
+        number = ops.cast(ops.add(self.step_count.value, 0), "uint32") * ops.cast(batch, "uint32")
+        number = number + ops.cast(ops.arange(batch), "uint32")
         self.step_count.assign_add(1)
-        keys = random.fold_in(keys, ops.arange(batch))
+        keys = random.fold_in(random.keys(self.seed), _backend.replica_id())
+        keys = random.fold_in(keys, number)
         t = self.times.sample(random.fold_in(keys, _TIMES), self.process, self.raw.latest)
         if label is not None:
             dropped = random.uniform(random.fold_in(keys, _LABEL_DROPOUT)) < self.label_dropout

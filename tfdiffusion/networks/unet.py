@@ -62,6 +62,8 @@ class UNet(keras.Model):
         freq_shift, flip_sin_to_cos, fourier_scale: See `TimeEmbedding`.
         num_classes: Number of classes, or `None`. The embedding has one row more: label
             `num_classes` means "no label".
+        remat: Whether training forgets what it computes inside the blocks and computes it again
+            for the gradient: a third more time, and a fraction of the memory.
         **kwargs: `name`, `dtype` and `trainable` of `keras.Model`; anything else is refused.
 
     Call arguments:
@@ -108,6 +110,7 @@ class UNet(keras.Model):
         flip_sin_to_cos: bool = False,
         fourier_scale: float = 16.0,
         num_classes: int | None = None,
+        remat: bool = False,
         **kwargs,
     ):
         # Times must reach the embedding in float32, so `call` leaves each cast to the layers.
@@ -118,6 +121,11 @@ class UNet(keras.Model):
         blocks_per_level = int_tuple("blocks_per_level", blocks_per_level)
         _check_levels(widths, blocks_per_level, attention_levels, groups)
         time_width = 4 * widths[0] if time_width is None else time_width
+        if remat and dropout:
+            raise ValueError(
+                "`remat` computes blocks twice, and dropout would drop other values the second "
+                f"time. Received: remat=True, dropout={dropout}. Set one of them to zero."
+            )
         policy = self.dtype_policy
         common = {
             "groups": groups,
@@ -210,6 +218,7 @@ class UNet(keras.Model):
             "flip_sin_to_cos": flip_sin_to_cos,
             "fourier_scale": fourier_scale,
             "num_classes": num_classes,
+            "remat": bool(remat),
         }
 
     def build(self, input_shape):
@@ -251,9 +260,15 @@ class UNet(keras.Model):
             embedding = embedding + self.label_embedding(inputs["label"])
 
         def run(step, x):
-            for layer in step:
-                x = layer(x, embedding, training=training) if _is_conditioned(layer) else layer(x)
-            return x
+            def layers(x, embedding):
+                for layer in step:
+                    conditions = {"embedding": embedding, "training": training}
+                    x = layer(x, **(conditions if _is_conditioned(layer) else {}))
+                return x
+
+            if training and self._config["remat"]:
+                return keras.remat(layers)(x, embedding)
+            return layers(x, embedding)
 
         x = to_patches(ops.cast(inputs["x"], self.compute_dtype), self.patch_size)
         x = self.conv_in(x)
