@@ -44,6 +44,16 @@ def _updated(scope: keras.StatelessScope, variables: Sequence) -> list:
     return [v.value if new is None else new for v, new in zip(variables, values)]
 
 
+def _gatherable(logs: dict) -> dict:
+    """Logs in the shape that Keras needs to average them over several hosts: (1,), not ()."""
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    if context is None or not context.strategy.extended._in_multi_worker_mode():
+        return logs
+    return {name: ops.reshape(value, (1,)) for name, value in logs.items()}
+
+
 class _TensorFlowStep:
     """`train_step` and `test_step` for TensorFlow's trainer."""
 
@@ -72,12 +82,18 @@ class _TensorFlowStep:
             tf.cond(tf.equal(fault, 0), descend, lambda: None)
         self.after_update(moved=self.optimizer.iterations > updates_before)
         self.loss_tracker.update_state(loss, fault)
-        return {"loss": self.loss_tracker.result()}
+        return _gatherable({"loss": self.loss_tracker.result()})
 
     def test_step(self, data):
         """The loss of a batch at fixed noise, with the averaged weights."""
         self._ensure_built(data)
-        return self.evaluate_batch(data)
+        return _gatherable(self.evaluate_batch(data))
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # With a strategy, Keras looks at a batch to build the model, and stumbles over one that is
+        # spread over several hosts. `fit` has built it where the data tell their shape.
+        if not (self.built and self.optimizer.built):
+            super()._maybe_symbolic_build(iterator, data_batch)
 
     def _ensure_built(self, data) -> None:
         # Unlike JAX's, TensorFlow's trainer leaves building to the first traced step.
