@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import abc
+import functools
+from collections.abc import Callable
 
 import keras
+from keras import ops
 
 from tfdiffusion import _names
-from tfdiffusion.denoiser import Denoiser
+from tfdiffusion.denoiser import Denoiser, latest_time
+from tfdiffusion.processes import Process
 
-_SAMPLERS: dict[str, type[Sampler]] = {}
+_SAMPLERS: dict[str, Callable[[], Sampler]] = {}
 
 
 class Sampler(abc.ABC):
@@ -17,7 +21,22 @@ class Sampler(abc.ABC):
 
     A sampler gets the denoiser, not its output, so it may call it as often as it likes, and keeps
     what it needs from earlier steps in its carry, a tuple of tensors whose first entry is x.
+
+    Attributes:
+        evaluations: of the denoiser in one step.
+        singular: whether a step from where there is no signal is infinite.
     """
+
+    evaluations: int = 1
+    singular: bool = False
+
+    def latest(self, process: Process) -> float:
+        """The last time of a process from which it can start.
+
+        Raises:
+            ValueError: If it cannot start where a chain ends.
+        """
+        return latest_time(process, self.singular, f"sampler {type(self).__name__}")
 
     def start(self, x_t) -> tuple:
         """The first carry for a state x_t (B, ...)."""
@@ -38,6 +57,16 @@ class Sampler(abc.ABC):
             The carry at s, of the same structure and shapes.
         """
 
+    def report(self, carry: tuple, steps) -> dict:
+        """What a run of some steps took, as tensors: at least its `evaluations`, for each sample.
+
+        The evaluation that denoises the last state is not among them.
+        """
+        return {"evaluations": ops.convert_to_tensor(self.evaluations * steps)}
+
+    def check(self, report: dict) -> None:
+        """Raises a RuntimeError if a run did not do what it should."""
+
     def get_config(self) -> dict:
         """Arguments that make this sampler again."""
         return dict(vars(self))
@@ -48,11 +77,16 @@ class Sampler(abc.ABC):
         return cls(**config)
 
 
-def register(name: str):
-    """Class decorator that lists a sampler under a name and makes it serializable."""
+def register(name: str, **arguments):
+    """Class decorator that lists a sampler under a name and makes it serializable.
+
+    Args:
+        name: what `get` takes.
+        **arguments: of the sampler that the name stands for.
+    """
 
     def add(cls: type[Sampler]) -> type[Sampler]:
-        _SAMPLERS[name] = cls
+        _SAMPLERS[name] = functools.partial(cls, **arguments)
         return keras.saving.register_keras_serializable(package="tfdiffusion")(cls)
 
     return add
