@@ -4,9 +4,9 @@ from tfdiffusion.samplers.ancestral import DDIM, DDPM
 from tfdiffusion.samplers.base import Sampler, get, names, register
 from tfdiffusion.samplers.loop import integrate, prior, sample
 from tfdiffusion.samplers.multistep import DEIS, LMS, PLMS, DPMSolverPP, SDEDPMSolverPP, UniPC
-from tfdiffusion.samplers.ode import RK4, RK45, Euler, Heun
+from tfdiffusion.samplers.ode import RK4, RK45, Euler
 from tfdiffusion.samplers.sde import EulerMaruyama, PredictorCorrector, ReverseDiffusion
-from tfdiffusion.samplers.singlestep import DPMSolver
+from tfdiffusion.samplers.singlestep import DPMSolver, Heun
 
 __all__ = [
     "DDIM",

@@ -57,6 +57,19 @@ class Sampler(abc.ABC):
             The carry at s, of the same structure and shapes.
         """
 
+    def finish(self, denoiser: Denoiser, carry: tuple, t):
+        """The sample, from the carry at the grid's last time: x̂_0, so that no noise is added.
+
+        Args:
+            denoiser: as in `step`; asked once.
+            carry: as the last step returned it.
+            t: the last time, a scalar tensor.
+
+        Returns:
+            Tensor (B, ...).
+        """
+        return denoiser(carry[0], t)
+
     def report(self, carry: tuple, steps) -> dict:
         """What a run of some steps took, as tensors: at least its `evaluations`, for each sample.
 
@@ -64,7 +77,7 @@ class Sampler(abc.ABC):
         """
         return {"evaluations": ops.convert_to_tensor(self.evaluations * steps)}
 
-    def check(self, report: dict) -> None:
+    def check(self, report: dict) -> None:  # noqa: B027  (most have nothing to check)
         """Raises a RuntimeError if a run did not do what it should."""
 
     def get_config(self) -> dict:

@@ -23,8 +23,9 @@ from tfdiffusion.processes import Process
 
 #: λ is held in ±20 where there is no signal, or no noise, at all.
 _LIMIT = 20.0
-#: In ε̂'s form, x̂_0 is a difference divided by α: below this λ rounding would be all there is.
-_LEAST_SIGNAL = -10.0
+#: λ below which (σ/α above 245) nothing is left to see, so that x̂_0 does not change on the way; the
+#: mean of ε̂ is over the rest of a step, lest its differences count by how little signal there is.
+_LEAST_SIGNAL = -5.5
 _STEEPEST = 50.0
 
 #: Place of values that are not there yet: so far away that they weigh nothing.
@@ -88,6 +89,14 @@ def move_noise(process: Process, x_0, noise, mean_noise, t, s):
     gain = -process.sigma(s) * ops.expm1(rise)
     ddim = rows(process.alpha(s), x_0) * x_0 + rows(process.sigma(s), x_0) * noise
     return ddim + rows(gain, x_0) * (mean_noise - noise)
+
+
+def finished(x_0, last_x_0, rise):
+    """What x̂_0 tends to where there is no noise, given it now and when λ was less by `rise`.
+
+    Along the flow dx̂_0 = −(σ/α) dε̂: towards the end x̂_0 is a line in (σ/α)².
+    """
+    return x_0 + rows(1.0 / ops.expm1(2.0 * rise), x_0) * (x_0 - last_x_0)
 
 
 def clean_and_noise(denoiser: Denoiser, x_t, t):

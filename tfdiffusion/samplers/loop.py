@@ -84,7 +84,7 @@ def integrate(
         return carry, path
 
     carry, path = ops.fori_loop(0, steps, advance, (sampler.start(x), path))
-    result = denoiser(carry[0], times[steps]) if denoise_last else carry[0]
+    result = sampler.finish(denoiser, carry, times[steps]) if denoise_last else carry[0]
     outputs = [result]
     if return_path:
         last = [result[None]] if denoise_last else []
@@ -119,8 +119,8 @@ def sample(
         seeds: one integer a sample; a seed gives its sample in any batch.
         shape: of one sample, without the batch.
         sampler: a `Sampler` or its name.
-        steps: N, the number of times; a sampler of k evaluations a step takes k (N − 1) + 1. At most
-            T on a chain.
+        steps: N, the number of times, at most T on a chain; a sampler of k evaluations a step takes
+            k (N − 1) + 1.
         grid: a name that `tfdiffusion.times.grid` knows, or falling times in (0, 1].
         x: the state to start from, (B, *shape), instead of noise from the seeds.
         denoise_last: see `integrate`.

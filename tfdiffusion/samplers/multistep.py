@@ -1,14 +1,14 @@
 """Multistep solvers: one evaluation a step, and the polynomial through the last few answers.
 
-| name          | interpolates | along       | mean over the step | source                        |
-|---------------|--------------|-------------|--------------------|-------------------------------|
-| dpmpp_2m      | x̂_0          | λ           | at its middle      | Lu et al. 2022, 2211.01095    |
-| dpmpp_3m      | x̂_0          | λ           | exact              | the same                      |
-| sde_dpmpp_2m  | x̂_0          | λ           | at its middle      | the same, with fresh noise    |
-| unipc_2, _3   | x̂_0          | λ           | exact              | Zhao et al. 2023, 2302.04867  |
-| deis          | ε̂            | λ           | exact              | Zhang & Chen 2022, 2204.13902 |
-| lms           | ε̂            | σ/α         | exact              | Adams–Bashforth, as in EDM's ODE |
-| plms          | ε̂            | step number | exact              | Liu et al. 2022, 2202.09778   |
+| name          | interpolates | along       | mean over the step | source                         |
+|---------------|--------------|-------------|--------------------|--------------------------------|
+| dpmpp_2m      | x̂_0          | λ           | at its middle      | Lu et al. 2022, 2211.01095     |
+| dpmpp_3m      | x̂_0          | λ           | exact              | the same                       |
+| sde_dpmpp_2m  | x̂_0          | λ           | at its middle      | the same, with fresh noise     |
+| unipc_2, _3   | x̂_0          | λ           | exact              | Zhao et al. 2023, 2302.04867   |
+| deis          | ε̂            | λ           | exact              | Zhang & Chen 2022, 2204.13902  |
+| lms           | ε̂            | σ/α         | exact              | Adams–Bashforth                |
+| plms          | ε̂            | step number | exact              | Liu et al. 2022, 2202.09778    |
 
 They begin with order 1 and gain one with every step, so any number of steps will do; `FAR` places
 in the history do that without a branch.
@@ -30,7 +30,7 @@ from tfdiffusion.samplers.extrapolation import (
     EXACT,
     FAR,
     MIDDLE,
-    clean_and_noise,
+    finished,
     log_ratio,
     mean,
     move_clean,
@@ -38,20 +38,28 @@ from tfdiffusion.samplers.extrapolation import (
 )
 
 
+def _far(i: int):
+    return ops.convert_to_tensor((i + 1) * FAR, _backend.TIME_DTYPE)
+
+
 def _nothing_yet(x_t, count: int) -> tuple:
     """(values, places) of an empty history."""
-    far = [ops.convert_to_tensor((i + 1) * FAR, _backend.TIME_DTYPE) for i in range(count)]
-    return (ops.zeros_like(x_t),) * count, tuple(far)
+    return (ops.zeros_like(x_t),) * count, tuple(_far(i) for i in range(count))
 
 
-def _seen_from(new, places) -> tuple:
-    """Places on a clock whose zero moves to `new`."""
-    return tuple(ops.cast(place - new, _backend.TIME_DTYPE) for place in places)
+def _rise(process: Process, t, s):
+    """λ_s − λ_t."""
+    return log_ratio(process, s) - log_ratio(process, t)
 
 
 def _with_now(places: tuple, length) -> tuple:
     """Places of the present value, 0, and of earlier ones, in the precision of the step."""
     return tuple(ops.cast(place, length.dtype) for place in (0.0, *places))
+
+
+def _seen_from(new, places) -> tuple:
+    """Places on a clock whose zero moves to `new`."""
+    return tuple(ops.cast(place - new, _backend.TIME_DTYPE) for place in places)
 
 
 def _check_order(sampler: Sampler, most: int) -> None:
@@ -62,30 +70,43 @@ def _check_order(sampler: Sampler, most: int) -> None:
 
 
 class _Multistep(Sampler):
-    """The carry is x, values of earlier steps, and their places on a clock that now stands at 0."""
+    """Carries x; earlier values, and their places on a clock that now stands at 0; and for the end
+    the last x̂_0, and what λ has risen by since.
+    """  # noqa: D205
 
     order: int
+    #: Whether the way is smooth, so that its end can be foreseen.
+    smooth = True
 
     def start(self, x_t) -> tuple:
         """No values yet."""
-        return x_t, *_nothing_yet(x_t, self.order - 1)
+        values, places = _nothing_yet(x_t, self.order - 1)
+        return x_t, values, places, ops.zeros_like(x_t), -_far(0)
 
     def length(self, process: Process, t, s):
-        """Of the step from t to s on the clock; positive."""
-        return log_ratio(process, s) - log_ratio(process, t)
+        """Of the step from t to s on the clock, positive; here λ."""
+        return _rise(process, t, s)
 
     @abc.abstractmethod
-    def move(self, denoiser: Denoiser, x_t, past: tuple, places: tuple, t, s, keys):
-        """(x_s, value at t), given past values, and places of the value at t and of these."""
+    def move(self, denoiser: Denoiser, x_t, x_0, past: tuple, places: tuple, t, s, keys):
+        """(x_s, value at t), given x̂_0, earlier values, and the places of that value and these."""
 
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """One evaluation; the history moves on by one."""
-        x_t, past, places = carry
-        length = self.length(denoiser.process, t, s)
+        x_t, past, places, *_ = carry
+        process, count = denoiser.process, self.order - 1
+        length = self.length(process, t, s)
         places = _with_now(places, length)
-        x_s, value = self.move(denoiser, x_t, past, places, t, s, keys)
-        count = self.order - 1
-        return x_s, (value, *past)[:count], _seen_from(length, places[:count])
+        x_0 = denoiser(x_t, t)
+        x_s, value = self.move(denoiser, x_t, x_0, past, places, t, s, keys)
+        past, places = (value, *past)[:count], _seen_from(length, places[:count])
+        return x_s, past, places, x_0, ops.cast(_rise(process, t, s), _backend.TIME_DTYPE)
+
+    def finish(self, denoiser: Denoiser, carry: tuple, t):
+        """x̂_0, or from order 2 on what it tends to; see `extrapolation.finished`."""
+        x_t, _, _, last_x_0, rise = carry
+        x_0 = denoiser(x_t, t)
+        return finished(x_0, last_x_0, rise) if self.smooth and self.order > 1 else x_0
 
 
 @register("dpmpp_2m", order=2)
@@ -93,6 +114,9 @@ class _Multistep(Sampler):
 @dataclass(frozen=True)
 class DPMSolverPP(_Multistep):
     """DPM-Solver++ multistep (arXiv:2211.01095, alg. 2): x̂_0 along λ.
+
+    At order 3 the polynomial is integrated exactly; the published code halves its curvature, which
+    leaves order 2.
 
     Args:
         order: 1 (DDIM), 2 or 3.
@@ -106,9 +130,9 @@ class DPMSolverPP(_Multistep):
     def __post_init__(self):
         _check_order(self, 3)
 
-    def move(self, denoiser, x_t, past, places, t, s, keys):
+    def move(self, denoiser, x_t, x_0, past, places, t, s, keys):
         """See base class."""
-        process, x_0 = denoiser.process, denoiser(x_t, t)
+        process = denoiser.process
         length = self.length(process, t, s)
         quadrature = MIDDLE if self.order == 2 else EXACT
         mean_x_0 = mean((x_0, *past), places, 0.0, length, -length, quadrature)
@@ -129,12 +153,14 @@ class SDEDPMSolverPP(_Multistep):
 
     order: int = 2
 
+    smooth = False
+
     def __post_init__(self):
         _check_order(self, 2)
 
-    def move(self, denoiser, x_t, past, places, t, s, keys):
+    def move(self, denoiser, x_t, x_0, past, places, t, s, keys):
         """See base class."""
-        process, x_0 = denoiser.process, denoiser(x_t, t)
+        process = denoiser.process
         length = self.length(process, t, s)
         mean_x_0 = mean((x_0, *past), places, 0.0, length, -2.0 * length, MIDDLE)
         c_0, c_t, variance = process.posterior(t, s)
@@ -149,12 +175,13 @@ class _NoiseMultistep(_Multistep):
         """Of the weight within a step; 0 for a clock in which the weight is even."""
         return ops.zeros_like(length)
 
-    def move(self, denoiser, x_t, past, places, t, s, keys):
+    def move(self, denoiser, x_t, x_0, past, places, t, s, keys):
         """See base class."""
-        x_0, noise = clean_and_noise(denoiser, x_t, t)
-        length = self.length(denoiser.process, t, s)
+        process = denoiser.process
+        noise = denoiser.noise_from(x_t, x_0, t)
+        length = self.length(process, t, s)
         mean_noise = mean((noise, *past), places, 0.0, length, self.rate(length))
-        return move_noise(denoiser.process, x_0, noise, mean_noise, t, s), noise
+        return move_noise(process, x_0, noise, mean_noise, t, s), noise
 
 
 @register("deis")
@@ -253,13 +280,17 @@ class UniPC(Sampler):
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """Corrects the step that led here, then predicts the next."""
         x_t, past, places, x_r, r = carry
-        process, x_0 = denoiser.process, denoiser(x_t, t)
-        length = log_ratio(process, s) - log_ratio(process, t)
+        process, x_0, length = denoiser.process, denoiser(x_t, t), _rise(denoiser.process, t, s)
         values, places = (x_0, *past), _with_now(places, length)
         again = mean(values, places, places[1], 0.0, places[1])
-        known = places[1] > 0.5 * FAR
-        x_t = ops.where(known, move_clean(process, x_r, again, r, t), x_t)
+        begun = places[1] > 0.5 * FAR
+        x_t = ops.where(begun, move_clean(process, x_r, again, r, t), x_t)
         values, places = values[:-1], places[:-1]
         mean_x_0 = mean(values, places, 0.0, length, -length)
         x_s = move_clean(process, x_t, mean_x_0, t, s)
         return x_s, values, _seen_from(length, places), x_t, ops.cast(t, _backend.TIME_DTYPE)
+
+    def finish(self, denoiser: Denoiser, carry: tuple, t):
+        """What x̂_0 tends to; see `extrapolation.finished`."""
+        x_t, past, places, *_ = carry
+        return finished(denoiser(x_t, t), past[0], -places[0])

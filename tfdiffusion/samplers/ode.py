@@ -12,13 +12,11 @@ scale cos φ and noise level tan φ; its own choice, 1 and σ, is the same thing
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from keras import ops
 
-from tfdiffusion import random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.processes import Process
@@ -61,64 +59,6 @@ def _velocity(denoiser: Denoiser, z, phi):
     t = _time(denoiser.process, phi)
     x_0 = denoiser(rows(_scale(denoiser.process, t), z) * z, t)
     return (rows(ops.cos(phi), z) * z - x_0) / rows(ops.sin(phi), z)
-
-
-@register("heun")
-@dataclass(frozen=True)
-class Heun(Sampler):
-    """EDM's sampler: the trapezoid rule, after some fresh noise (arXiv:2206.00364, alg. 2).
-
-    Args:
-        churn: γ ≥ 0; before a step, noise raises σ/α by this share, √2 − 1 at most in the paper,
-            and never beyond the process's end. EDM's S_churn is γ times the number of steps.
-        churn_from: S_min, the least σ/α at which that happens.
-        churn_to: S_max, the largest.
-        noise: S_noise, standard deviation of the fresh noise.
-
-    Raises:
-        ValueError: If γ or the noise is negative.
-    """
-
-    churn: float = 0.0
-    churn_from: float = 0.0
-    churn_to: float = float("inf")
-    noise: float = 1.0
-
-    evaluations = 2
-
-    def __post_init__(self):
-        if self.churn < 0.0 or self.noise < 0.0:
-            raise ValueError(
-                "Heun needs churn >= 0 and noise >= 0. "
-                f"Received churn={self.churn}, noise={self.noise}."
-            )
-
-    def _stirred(self, denoiser: Denoiser, x_t, t, keys):
-        """A state with more noise, and its time."""
-        process = denoiser.process
-        log_snr = process.log_snr(t)
-        more = process.inverse_log_snr(log_snr - 2.0 * math.log1p(self.churn))
-        level = ops.exp(-0.5 * log_snr)
-        chosen = (level >= self.churn_from) & (level <= self.churn_to)
-        more = ops.minimum(ops.cast(more, t.dtype), denoiser.latest)
-        chosen = chosen & (more > t)
-        more = ops.where(chosen, more, t)
-        ratio, variance = process.transition(more, t)
-        ratio, variance = ops.where(chosen, ratio, 1.0), ops.where(chosen, variance, 0.0)
-        fresh = self.noise * random.normal(keys, x_t.shape[1:])
-        return rows(ratio, x_t) * x_t + rows(ops.sqrt(variance), x_t) * fresh, more
-
-    def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
-        """See the class."""
-        (x_t,) = carry
-        if self.churn > 0.0:
-            x_t, t = self._stirred(denoiser, x_t, t, keys)
-        process = denoiser.process
-        z, begin, end = x_t / rows(_scale(process, t), x_t), _angle(process, t), _angle(process, s)
-        h = rows(end - begin, z)
-        first = _velocity(denoiser, z, begin)
-        second = _velocity(denoiser, z + h * first, end)
-        return (rows(_scale(process, s), z) * (z + 0.5 * h * (first + second)),)
 
 
 class _Tableau:
