@@ -211,15 +211,29 @@ def _quadratic(process, u, latest):
     return latest * (1.0 - u) ** 2
 
 
-def _karras(process, u, latest):
-    # (σ/α)^(1/7) in equal strides between the process's ends (EDM, arXiv:2206.00364, eq. 5), which
-    # are cut to e^±8 where they are not finite. The first time is the latest all the same.
+def _from_level(process, u, latest, level):
+    # Times whose σ/α are level(share, high, low), with a share of the way from 0 to 1, between the
+    # ends of the process, which are cut to e^±8 where they are not finite. The first time is the
+    # latest all the same.
     ends = ops.convert_to_tensor([latest, 1.0 / (process.num_timesteps or 1000)], dtype=u.dtype)
     log_snr = ops.clip(process.log_snr(ends), -16.0, 16.0)
-    high, low = ops.exp(-log_snr[0] / 14.0), ops.exp(-log_snr[1] / 14.0)
     share = u * _count(u) / ops.maximum(_count(u) - 1.0, 1.0)
-    t = process.inverse_log_snr(-14.0 * ops.log(high + share * (low - high)))
-    return ops.where(share > 0.0, t, latest)
+    log_level = level(share, -0.5 * log_snr[0], -0.5 * log_snr[1])
+    return ops.where(share > 0.0, process.inverse_log_snr(-2.0 * log_level), latest)
+
+
+def _karras(process, u, latest):
+    # (σ/α)^(1/7) in equal strides (EDM, arXiv:2206.00364, eq. 5).
+    def level(share, high, low):
+        high, low = ops.exp(high / 7.0), ops.exp(low / 7.0)
+        return 7.0 * ops.log(high + share * (low - high))
+
+    return _from_level(process, u, latest, level)
+
+
+def _log_snr(process, u, latest):
+    # ln(σ/α) in equal strides (DPM-Solver, arXiv:2206.00927, sec. 3.4).
+    return _from_level(process, u, latest, lambda share, high, low: high + share * (low - high))
 
 
 def _count(u):
@@ -232,6 +246,7 @@ _GRIDS = {
     "leading": _leading,
     "linspace": _linspace,
     "quadratic": _quadratic,
+    "log_snr": _log_snr,
     "karras": _karras,
 }
 
@@ -250,6 +265,7 @@ def grid(name: str, num_steps, process: Process, latest: float = 1.0, dtype: str
     | leading   | equal strides from the first step; stops short of t = 1      |
     | linspace  | both ends included                                           |
     | quadratic | (1 − k/N)²                                                   |
+    | log_snr   | ln(σ/α) in equal strides                                     |
     | karras    | (σ/α)^(1/7) in equal strides (EDM)                           |
 
     Args:

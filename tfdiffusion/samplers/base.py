@@ -38,8 +38,14 @@ class Sampler(abc.ABC):
         """
         return latest_time(process, self.singular, f"sampler {type(self).__name__}")
 
-    def start(self, x_t) -> tuple:
-        """The first carry for a state x_t (B, ...)."""
+    def start(self, x_t, evaluations=None) -> tuple:
+        """The first carry.
+
+        Args:
+            x_t: the state (B, ...).
+            evaluations: N, the number of times in the grid, an integer or integer tensor; None if
+                the sample is the state at the last of them, not what is denoised there.
+        """
         return (x_t,)
 
     @abc.abstractmethod

@@ -32,13 +32,8 @@ _STEEPEST = 50.0
 FAR = -1e15
 
 
-def _gauss_legendre(count: int) -> tuple[np.ndarray, np.ndarray]:
-    nodes, weights = np.polynomial.legendre.leggauss(count)
-    return 0.5 * (1.0 + nodes), 0.5 * weights
-
-
-#: Quadratures on [0, 1]: as good as exact, and the published shortcut of second-order solvers.
-EXACT, MIDDLE = _gauss_legendre(16), _gauss_legendre(1)
+# On [-1, 1]; as good as exact for every step that occurs.
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
 def log_ratio(process: Process, t):
@@ -46,7 +41,7 @@ def log_ratio(process: Process, t):
     return ops.clip(0.5 * process.log_snr(t), -_LIMIT, _LIMIT)
 
 
-def mean(values, places, begin, end, rate, quadrature=EXACT):
+def mean(values, places, begin, end, rate, *, at_middle: bool = False, curvature: float = 1.0):
     """Mean, over begin … end, of the polynomial through values at places on a clock.
 
     The weight within the step is e^{rate (1 − τ)}, with τ from 0 to 1: rate 0 gives the
@@ -58,20 +53,29 @@ def mean(values, places, begin, end, rate, quadrature=EXACT):
         begin: of the step, scalar on the same clock.
         end: of the step.
         rate: scalar.
-        quadrature: nodes and weights on [0, 1].
+        at_middle: take a line's value at the middle of the step for its mean, as second-order
+            solvers are published.
+        curvature: of three values, the share of the parabola's curvature at `begin` that counts.
 
     Returns:
         Tensor (B, ...).
     """
-    nodes, density = (ops.cast(part, places[0].dtype) for part in quadrature)
+    nodes, density = (ops.cast(part, places[0].dtype) for part in (0.5 + 0.5 * _NODES, _WEIGHTS))
     density = density * ops.exp(ops.clip(rate, -_STEEPEST, _STEEPEST) * (1.0 - nodes))
     density = density / ops.sum(density)
+    if at_middle:
+        curved = len(places) > 2 and places[2] > 0.5 * FAR
+        nodes = ops.where(curved, nodes, 0.5)
     clock = begin + nodes * (end - begin)
     total = 0.0
     for j, (value, place) in enumerate(zip(values, places)):
+        others = (*places[:j], *places[j + 1 :])
         basis = density
-        for other in (*places[:j], *places[j + 1 :]):
+        for other in others:
             basis = basis * (clock - other) / (place - other)
+        if curvature != 1.0 and len(others) == 2:
+            bend = density * (clock - begin) ** 2 / ((place - others[0]) * (place - others[1]))
+            basis = basis - (1.0 - curvature) * bend
         total = total + rows(ops.sum(basis), value) * value
     return total
 
@@ -89,14 +93,6 @@ def move_noise(process: Process, x_0, noise, mean_noise, t, s):
     gain = -process.sigma(s) * ops.expm1(rise)
     ddim = rows(process.alpha(s), x_0) * x_0 + rows(process.sigma(s), x_0) * noise
     return ddim + rows(gain, x_0) * (mean_noise - noise)
-
-
-def finished(x_0, last_x_0, rise):
-    """What x̂_0 tends to where there is no noise, given it now and when λ was less by `rise`.
-
-    Along the flow dx̂_0 = −(σ/α) dε̂: towards the end x̂_0 is a line in (σ/α)².
-    """
-    return x_0 + rows(1.0 / ops.expm1(2.0 * rise), x_0) * (x_0 - last_x_0)
 
 
 def clean_and_noise(denoiser: Denoiser, x_t, t):

@@ -83,7 +83,8 @@ def integrate(
             path = (ops.slice_update(path[0], start, carry[0][None]),)
         return carry, path
 
-    carry, path = ops.fori_loop(0, steps, advance, (sampler.start(x), path))
+    carry = sampler.start(x, steps + 1 if denoise_last else None)
+    carry, path = ops.fori_loop(0, steps, advance, (carry, path))
     result = sampler.finish(denoiser, carry, times[steps]) if denoise_last else carry[0]
     outputs = [result]
     if return_path:

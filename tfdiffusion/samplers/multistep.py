@@ -27,24 +27,21 @@ from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.processes import Process
 from tfdiffusion.samplers.base import Sampler, register
 from tfdiffusion.samplers.extrapolation import (
-    EXACT,
     FAR,
-    MIDDLE,
-    finished,
+    clean_and_noise,
     log_ratio,
     mean,
     move_clean,
     move_noise,
 )
 
-
-def _far(i: int):
-    return ops.convert_to_tensor((i + 1) * FAR, _backend.TIME_DTYPE)
+_MANY = 2**30
 
 
 def _nothing_yet(x_t, count: int) -> tuple:
     """(values, places) of an empty history."""
-    return (ops.zeros_like(x_t),) * count, tuple(_far(i) for i in range(count))
+    far = [ops.convert_to_tensor((i + 1) * FAR, _backend.TIME_DTYPE) for i in range(count)]
+    return (ops.zeros_like(x_t),) * count, tuple(far)
 
 
 def _rise(process: Process, t, s):
@@ -52,9 +49,20 @@ def _rise(process: Process, t, s):
     return log_ratio(process, s) - log_ratio(process, t)
 
 
-def _with_now(places: tuple, length) -> tuple:
-    """Places of the present value, 0, and of earlier ones, in the precision of the step."""
-    return tuple(ops.cast(place, length.dtype) for place in (0.0, *places))
+def _places(places: tuple, left, dtype) -> tuple:
+    """Places of the present value, 0, and of earlier ones, of no more than are `left`."""
+    places = [ops.cast(place, dtype) for place in (0.0, *places)]
+    return tuple(
+        ops.where(j < left, place, ops.cast((j + 1) * FAR, dtype)) for j, place in enumerate(places)
+    )
+
+
+def _evaluations_left(evaluations, settles: int | None):
+    """To count down from: so large that it limits nothing, unless the run is shorter."""
+    if evaluations is None:
+        return ops.convert_to_tensor(_MANY, "int32")
+    evaluations = ops.cast(evaluations, "int32")
+    return evaluations if settles is None else ops.where(evaluations < settles, evaluations, _MANY)
 
 
 def _seen_from(new, places) -> tuple:
@@ -70,43 +78,35 @@ def _check_order(sampler: Sampler, most: int) -> None:
 
 
 class _Multistep(Sampler):
-    """Carries x; earlier values, and their places on a clock that now stands at 0; and for the end
-    the last x̂_0, and what λ has risen by since.
+    """Carries x, earlier values, their places on a clock that now stands at 0, and how many
+    evaluations are left.
     """  # noqa: D205
 
     order: int
-    #: Whether the way is smooth, so that its end can be foreseen.
-    smooth = True
+    #: Runs of fewer evaluations go back to lower orders in their last steps; None: all runs.
+    settles: int | None = 15
 
-    def start(self, x_t) -> tuple:
+    def start(self, x_t, evaluations=None) -> tuple:
         """No values yet."""
-        values, places = _nothing_yet(x_t, self.order - 1)
-        return x_t, values, places, ops.zeros_like(x_t), -_far(0)
+        history = _nothing_yet(x_t, self.order - 1)
+        return x_t, *history, _evaluations_left(evaluations, self.settles)
 
     def length(self, process: Process, t, s):
         """Of the step from t to s on the clock, positive; here λ."""
         return _rise(process, t, s)
 
     @abc.abstractmethod
-    def move(self, denoiser: Denoiser, x_t, x_0, past: tuple, places: tuple, t, s, keys):
-        """(x_s, value at t), given x̂_0, earlier values, and the places of that value and these."""
+    def move(self, denoiser: Denoiser, x_t, past: tuple, places: tuple, t, s, keys):
+        """(x_s, value at t), given earlier values, and the places of that value and of these."""
 
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """One evaluation; the history moves on by one."""
-        x_t, past, places, *_ = carry
-        process, count = denoiser.process, self.order - 1
-        length = self.length(process, t, s)
-        places = _with_now(places, length)
-        x_0 = denoiser(x_t, t)
-        x_s, value = self.move(denoiser, x_t, x_0, past, places, t, s, keys)
-        past, places = (value, *past)[:count], _seen_from(length, places[:count])
-        return x_s, past, places, x_0, ops.cast(_rise(process, t, s), _backend.TIME_DTYPE)
-
-    def finish(self, denoiser: Denoiser, carry: tuple, t):
-        """x̂_0, or from order 2 on what it tends to; see `extrapolation.finished`."""
-        x_t, _, _, last_x_0, rise = carry
-        x_0 = denoiser(x_t, t)
-        return finished(x_0, last_x_0, rise) if self.smooth and self.order > 1 else x_0
+        x_t, past, places, left = carry
+        length = self.length(denoiser.process, t, s)
+        now = _places(places, left, length.dtype)
+        x_s, value = self.move(denoiser, x_t, past, now, t, s, keys)
+        count = self.order - 1
+        return x_s, (value, *past)[:count], _seen_from(length, (0.0, *places)[:count]), left - 1
 
 
 @register("dpmpp_2m", order=2)
@@ -115,27 +115,29 @@ class _Multistep(Sampler):
 class DPMSolverPP(_Multistep):
     """DPM-Solver++ multistep (arXiv:2211.01095, alg. 2): x̂_0 along λ.
 
-    At order 3 the polynomial is integrated exactly; the published code halves its curvature, which
-    leaves order 2.
-
     Args:
         order: 1 (DDIM), 2 or 3.
+        curvature: share of the parabola's curvature that counts at order 3. The published code
+            takes one half, which is steadier with few steps but leaves the error of order 2; with 1
+            it is of order 3.
 
     Raises:
         ValueError: If there is no such order.
     """
 
     order: int = 2
+    curvature: float = 0.5
 
     def __post_init__(self):
         _check_order(self, 3)
 
-    def move(self, denoiser, x_t, x_0, past, places, t, s, keys):
+    def move(self, denoiser, x_t, past, places, t, s, keys):
         """See base class."""
-        process = denoiser.process
+        process, x_0 = denoiser.process, denoiser(x_t, t)
         length = self.length(process, t, s)
-        quadrature = MIDDLE if self.order == 2 else EXACT
-        mean_x_0 = mean((x_0, *past), places, 0.0, length, -length, quadrature)
+        mean_x_0 = mean(
+            (x_0, *past), places, 0.0, length, -length, at_middle=True, curvature=self.curvature
+        )
         return move_clean(process, x_t, mean_x_0, t, s), x_0
 
 
@@ -153,16 +155,14 @@ class SDEDPMSolverPP(_Multistep):
 
     order: int = 2
 
-    smooth = False
-
     def __post_init__(self):
         _check_order(self, 2)
 
-    def move(self, denoiser, x_t, x_0, past, places, t, s, keys):
+    def move(self, denoiser, x_t, past, places, t, s, keys):
         """See base class."""
-        process = denoiser.process
+        process, x_0 = denoiser.process, denoiser(x_t, t)
         length = self.length(process, t, s)
-        mean_x_0 = mean((x_0, *past), places, 0.0, length, -2.0 * length, MIDDLE)
+        mean_x_0 = mean((x_0, *past), places, 0.0, length, -2.0 * length, at_middle=True)
         c_0, c_t, variance = process.posterior(t, s)
         fresh = rows(ops.sqrt(variance), x_t) * random.normal(keys, x_t.shape[1:])
         return rows(c_0, x_t) * mean_x_0 + rows(c_t, x_t) * x_t + fresh, x_0
@@ -175,10 +175,10 @@ class _NoiseMultistep(_Multistep):
         """Of the weight within a step; 0 for a clock in which the weight is even."""
         return ops.zeros_like(length)
 
-    def move(self, denoiser, x_t, x_0, past, places, t, s, keys):
+    def move(self, denoiser, x_t, past, places, t, s, keys):
         """See base class."""
         process = denoiser.process
-        noise = denoiser.noise_from(x_t, x_0, t)
+        x_0, noise = clean_and_noise(denoiser, x_t, t)
         length = self.length(process, t, s)
         mean_noise = mean((noise, *past), places, 0.0, length, self.rate(length))
         return move_noise(process, x_0, noise, mean_noise, t, s), noise
@@ -206,9 +206,29 @@ class DEIS(_NoiseMultistep):
         return length
 
 
+class _Adams(_NoiseMultistep):
+    """On a clock that comes to σ = 0 in finite time, the last evaluation serves a step like any."""
+
+    settles = 0
+
+    @abc.abstractmethod
+    def rest(self, process: Process, t):
+        """Length of the step from t to no noise."""
+
+    def finish(self, denoiser: Denoiser, carry: tuple, t):
+        """x/α less ⟨ε̂⟩ σ/α."""
+        x_t, past, places, left = carry
+        x_0, noise = clean_and_noise(denoiser, x_t, t)
+        rest = self.rest(denoiser.process, t)
+        places = _places(places, left, rest.dtype)
+        mean_noise = mean((noise, *past), places, 0.0, rest, 0.0 * rest)
+        level = ops.exp(-log_ratio(denoiser.process, t))
+        return x_0 - rows(level, x_0) * (mean_noise - noise)
+
+
 @register("lms")
 @dataclass(frozen=True)
-class LMS(_NoiseMultistep):
+class LMS(_Adams):
     """Adams–Bashforth with steps of any length in σ/α, for d(x/α) = ε̂ d(σ/α).
 
     Args:
@@ -227,10 +247,14 @@ class LMS(_NoiseMultistep):
         """What σ/α falls by."""
         return ops.exp(-log_ratio(process, t)) - ops.exp(-log_ratio(process, s))
 
+    def rest(self, process: Process, t):
+        """All of σ/α."""
+        return ops.exp(-log_ratio(process, t))
+
 
 @register("plms")
 @dataclass(frozen=True)
-class PLMS(_NoiseMultistep):
+class PLMS(_Adams):
     """Pseudo linear multistep (PNDM, arXiv:2202.09778, eq. 12): as if all steps were of one length.
 
     Its coefficients, (55, −59, 37, −9)/24 at order 4, are those of even steps.
@@ -248,6 +272,10 @@ class PLMS(_NoiseMultistep):
         _check_order(self, 4)
 
     def length(self, process: Process, t, s):
+        """One."""
+        return ops.ones_like(t)
+
+    def rest(self, process: Process, t):
         """One."""
         return ops.ones_like(t)
 
@@ -273,24 +301,22 @@ class UniPC(Sampler):
     def __post_init__(self):
         _check_order(self, 3)
 
-    def start(self, x_t) -> tuple:
+    def start(self, x_t, evaluations=None) -> tuple:
         """No step to repeat yet."""
-        return x_t, *_nothing_yet(x_t, self.order), x_t, ops.ones((), _backend.TIME_DTYPE)
+        latest = ops.ones((), _backend.TIME_DTYPE)
+        left = _evaluations_left(evaluations, None)
+        return x_t, *_nothing_yet(x_t, self.order), left, x_t, latest
 
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """Corrects the step that led here, then predicts the next."""
-        x_t, past, places, x_r, r = carry
+        x_t, past, places, left, x_r, r = carry
         process, x_0, length = denoiser.process, denoiser(x_t, t), _rise(denoiser.process, t, s)
-        values, places = (x_0, *past), _with_now(places, length)
-        again = mean(values, places, places[1], 0.0, places[1])
-        begun = places[1] > 0.5 * FAR
+        values, begun = (x_0, *past), places[0] > 0.5 * FAR
+        seen = _places(places, left + 1, length.dtype)
+        again = mean(values, seen, seen[1], 0.0, seen[1], at_middle=True)
         x_t = ops.where(begun, move_clean(process, x_r, again, r, t), x_t)
-        values, places = values[:-1], places[:-1]
-        mean_x_0 = mean(values, places, 0.0, length, -length)
+        seen = _places(places, left, length.dtype)[:-1]
+        mean_x_0 = mean(values[:-1], seen, 0.0, length, -length, at_middle=True)
         x_s = move_clean(process, x_t, mean_x_0, t, s)
-        return x_s, values, _seen_from(length, places), x_t, ops.cast(t, _backend.TIME_DTYPE)
-
-    def finish(self, denoiser: Denoiser, carry: tuple, t):
-        """What x̂_0 tends to; see `extrapolation.finished`."""
-        x_t, past, places, *_ = carry
-        return finished(denoiser(x_t, t), past[0], -places[0])
+        places = _seen_from(length, (0.0, *places[:-1]))
+        return x_s, values[:-1], places, left - 1, x_t, ops.cast(t, _backend.TIME_DTYPE)

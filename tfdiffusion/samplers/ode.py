@@ -161,7 +161,7 @@ class RK45(Sampler):
                 f"rtol={self.rtol}, atol={self.atol}, max_evaluations={self.max_evaluations}."
             )
 
-    def start(self, x_t) -> tuple:
+    def start(self, x_t, evaluations=None) -> tuple:
         """x, the next step in φ, evaluations so far, and the time reached, one a sample."""
         each = ops.zeros_like(ops.reshape(x_t, (ops.shape(x_t)[0], -1))[:, 0])
         return x_t, each + 0.05, ops.cast(each, "int32"), each + 1.0, each > 1.0

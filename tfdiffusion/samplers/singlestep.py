@@ -16,8 +16,6 @@ from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.samplers.base import Sampler, register
 from tfdiffusion.samplers.extrapolation import (
-    EXACT,
-    MIDDLE,
     between,
     clean_and_noise,
     log_ratio,
@@ -121,15 +119,15 @@ class DPMSolver(Sampler):
         last, place = noise, 0.0
         for k in range(1, self.order):
             u, rise = between(process, t, s, k / self.order)
-            x_u = move(noise if k == 1 else _line(noise, last, place, rise, EXACT), u)
+            x_u = move(noise if k == 1 else _line(noise, last, place, rise), u)
             last, place = denoiser.noise(x_u, u), rise
         if self.order == 1:
             return (move(noise, s),)
         length = log_ratio(process, s) - log_ratio(process, t)
-        quadrature = MIDDLE if self.order == 2 else EXACT
-        return (move(_line(noise, last, place, length, quadrature), s),)
+        return (move(_line(noise, last, place, length, at_middle=self.order == 2), s),)
 
 
-def _line(first, last, place, length, quadrature):
+def _line(first, last, place, length, at_middle: bool = False):
     """Mean of ε̂ over a step of a length in λ, on the line through first, at 0, and last."""
-    return mean((first, last), (0.0 * place, place), 0.0, length, length, quadrature)
+    places = (ops.zeros_like(place), place)
+    return mean((first, last), places, 0.0, length, length, at_middle=at_middle)
