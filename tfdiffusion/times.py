@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _names, random
+from tfdiffusion import _grid_search, _names, random
 from tfdiffusion.processes import Process
 
 #: The earliest time of continuous processes in training (score SDE, arXiv:2011.13456, app. C).
@@ -212,8 +212,8 @@ def _quadratic(process, u, latest):
 
 
 def _from_level(process, u, latest, level):
-    # Times whose σ/α are level(share, high, low), with a share of the way from 0 to 1, between the
-    # ends of the process, which are cut to e^±8 where they are not finite. The first time is the
+    # Times at which ln(σ/α) is level(share, high, low), with a share of the way from 0 to 1 between
+    # the ends of the process, which are cut to ±8 where they are not finite. The first time is the
     # latest all the same.
     ends = ops.convert_to_tensor([latest, 1.0 / (process.num_timesteps or 1000)], dtype=u.dtype)
     log_snr = ops.clip(process.log_snr(ends), -16.0, 16.0)
@@ -222,18 +222,37 @@ def _from_level(process, u, latest, level):
     return ops.where(share > 0.0, process.inverse_log_snr(-2.0 * log_level), latest)
 
 
-def _karras(process, u, latest):
-    # (σ/α)^(1/7) in equal strides (EDM, arXiv:2206.00364, eq. 5).
-    def level(share, high, low):
-        high, low = ops.exp(high / 7.0), ops.exp(low / 7.0)
-        return 7.0 * ops.log(high + share * (low - high))
+def _power(share, high, low, rho):
+    # (σ/α)^(1/ρ) in equal strides, on a logarithmic scale.
+    high, low = ops.exp(high / rho), ops.exp(low / rho)
+    return rho * ops.log(high + share * (low - high))
 
-    return _from_level(process, u, latest, level)
+
+def _karras(process, u, latest):
+    # EDM, arXiv:2206.00364, eq. 5.
+    return _from_level(process, u, latest, lambda *ends: _power(*ends, 7.0))
 
 
 def _log_snr(process, u, latest):
     # ln(σ/α) in equal strides (DPM-Solver, arXiv:2206.00927, sec. 3.4).
     return _from_level(process, u, latest, lambda share, high, low: high + share * (low - high))
+
+
+def _optimized(process, u, latest):
+    # What is best for this many times, as far as the process reaches; see `_grid_search`.
+    most, count = _grid_search.MOST, u.shape[0]
+    if count is None:  # known only when it runs
+        table = [_grid_search.shape(k) for k in range(1, most + 1)]
+        row = ops.minimum(ops.shape(u)[0], most) - 1
+        best = ops.take(ops.convert_to_tensor(table, dtype=u.dtype), row, axis=0)
+    else:
+        best = ops.convert_to_tensor(_grid_search.shape(min(count, most)), dtype=u.dtype)
+
+    def level(share, high, low):
+        high, low = ops.minimum(ops.log(best[0]), high), ops.maximum(ops.log(best[1]), low)
+        return _power(share, high, low, best[2])
+
+    return _from_level(process, u, latest, level)
 
 
 def _count(u):
@@ -248,6 +267,7 @@ _GRIDS = {
     "quadratic": _quadratic,
     "log_snr": _log_snr,
     "karras": _karras,
+    "optimized": _optimized,
 }
 
 
@@ -267,6 +287,7 @@ def grid(name: str, num_steps, process: Process, latest: float = 1.0, dtype: str
     | quadratic | (1 − k/N)²                                                   |
     | log_snr   | ln(σ/α) in equal strides                                     |
     | karras    | (σ/α)^(1/7) in equal strides (EDM)                           |
+    | optimized | least error of DPM-Solver++ 2M on Gaussians of many scales   |
 
     Args:
         name: one of the above.

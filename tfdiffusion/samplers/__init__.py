@@ -2,6 +2,7 @@
 
 from tfdiffusion.samplers.ancestral import DDIM, DDPM
 from tfdiffusion.samplers.base import Sampler, get, names, register
+from tfdiffusion.samplers.inversion import decode, encode, interpolate, reconstruct, slerp
 from tfdiffusion.samplers.loop import integrate, prior, sample
 from tfdiffusion.samplers.multistep import DEIS, LMS, PLMS, DPMSolverPP, SDEDPMSolverPP, UniPC
 from tfdiffusion.samplers.ode import RK4, RK45, Euler
@@ -26,10 +27,15 @@ __all__ = [
     "SDEDPMSolverPP",
     "Sampler",
     "UniPC",
+    "decode",
+    "encode",
     "get",
     "integrate",
+    "interpolate",
     "names",
     "prior",
+    "reconstruct",
     "register",
     "sample",
+    "slerp",
 ]

@@ -25,10 +25,12 @@ class Sampler(abc.ABC):
     Attributes:
         evaluations: of the denoiser in one step.
         singular: whether a step from where there is no signal is infinite.
+        reversible: whether it draws no noise, and its steps also go from data to noise.
     """
 
     evaluations: int = 1
     singular: bool = False
+    reversible: bool = False
 
     def latest(self, process: Process) -> float:
         """The last time of a process from which it can start.

@@ -109,7 +109,7 @@ def between(process: Process, t, s, share: float):
     begin = log_ratio(process, t)
     end = log_ratio(process, s)
     middle = process.inverse_log_snr(2.0 * (begin + share * (end - begin)))
-    middle = ops.clip(ops.cast(middle, t.dtype), s, t)
+    middle = ops.clip(ops.cast(middle, t.dtype), ops.minimum(s, t), ops.maximum(s, t))
     rise = log_ratio(process, middle) - begin
-    there = rise > 1e-3 * (end - begin)
+    there = ops.abs(rise) > 1e-3 * ops.abs(end - begin)
     return ops.where(there, middle, s), ops.where(there, rise, end - begin)

@@ -82,6 +82,7 @@ class _Multistep(Sampler):
     evaluations are left.
     """  # noqa: D205
 
+    reversible = True
     order: int
     #: Runs of fewer evaluations go back to lower orders in their last steps; None: all runs.
     settles: int | None = 15
@@ -154,6 +155,8 @@ class SDEDPMSolverPP(_Multistep):
     """
 
     order: int = 2
+
+    reversible = False
 
     def __post_init__(self):
         _check_order(self, 2)
@@ -297,6 +300,8 @@ class UniPC(Sampler):
     """
 
     order: int = 2
+
+    reversible = True
 
     def __post_init__(self):
         _check_order(self, 3)

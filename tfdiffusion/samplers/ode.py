@@ -33,6 +33,8 @@ class Euler(Sampler):
     On a rectified flow that is DDIM.
     """
 
+    reversible = True
+
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """See the class."""
         (x_t,) = carry
@@ -119,6 +121,7 @@ class RK4(Sampler):
     """The classical Runge–Kutta method, of order 4."""
 
     evaluations = 4
+    reversible = True
 
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """See the class."""

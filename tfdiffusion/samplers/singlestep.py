@@ -47,6 +47,11 @@ class Heun(Sampler):
 
     evaluations = 2
 
+    @property
+    def reversible(self) -> bool:
+        """Without churn."""
+        return self.churn == 0.0
+
     def __post_init__(self):
         if self.churn < 0.0 or self.noise < 0.0:
             raise ValueError(
@@ -97,6 +102,8 @@ class DPMSolver(Sampler):
     """
 
     order: int = 2
+
+    reversible = True
 
     def __post_init__(self):
         if self.order not in (1, 2, 3):
