@@ -5,9 +5,8 @@
 The problem is an 8-dimensional Gaussian mixture under the linear β of DDPM, T = 1000, with the
 exact denoiser; all start from the same noise, and the truth is the end of the probability-flow ODE
 by SciPy's `solve_ivp`. Errors are root mean squares over 128 samples and 8 dimensions. diffusers'
-schedulers get the exact ε̂ at their own timesteps. "Trailing" and "Karras" are the same grids in
-both; two methods of one name thus differ by their arithmetic alone. Writes solvers.md here and
-assets/solvers.png.
+schedulers get the exact ε̂ at their own timesteps. Where both visit the same noise levels, two
+methods of one name differ by their arithmetic alone. Writes solvers.md here and assets/solvers.png.
 """
 
 from __future__ import annotations
@@ -43,12 +42,33 @@ SHARED = {
     "unipc_3": ("UniPCMultistepScheduler", {"solver_order": 3}),
     "deis": ("DEISMultistepScheduler", {"solver_order": 3}),
 }
+# Their Karras levels end where the trailing grid does, ours at the last level of the chain.
+OTHER_ENDS = {(name, "karras") for name in ("dpm_solver_1", "heun", "lms")}
+NOTES = """
+Trailing grids are the same to the last digit, but for three of diffusers': `DDIMScheduler` steps by
+1000 // N, off its own grid where N does not divide 1000 (6, 12, 15); `PNDMScheduler` asks twice at
+its first step and so has one time less; `DEISMultistepScheduler` ends at σ = 0.01, one step of
+order 1 away from the data (and of order 3 from 15 steps on, which is where it fails). In Karras and
+log-SNR grids diffusers' timesteps are rounded, and so are ours, not always to the same side.
+"""
 # What has no counterpart on the other side.
 ONLY_OURS = ("euler", "rk4", "dpm_solver_2", "dpm_solver_3")
 ONLY_THEIRS = {
     "DPM-Solver++ 2S": ("DPMSolverSinglestepScheduler", {"solver_order": 2}),
     "DPM-Solver++ 3S": ("DPMSolverSinglestepScheduler", {"solver_order": 3}),
     "KDPM2": ("KDPM2DiscreteScheduler", {}),
+}
+THEIR_NAMES = {
+    "ddim": "DDIM",
+    "dpm_solver_1": "Euler",
+    "heun": "Heun",
+    "lms": "LMS",
+    "plms": "PNDM (PLMS)",
+    "dpmpp_2m": "DPM-Solver++ 2M",
+    "dpmpp_3m": "DPM-Solver++ 3M",
+    "unipc_2": "UniPC 2",
+    "unipc_3": "UniPC 3",
+    "deis": "DEIS",
 }
 OUR_GRIDS = {
     "trailing": "uniform",
@@ -179,13 +199,15 @@ def table(ours: dict, theirs: dict) -> str:
     for who, errors in (("tfdiffusion", ours), ("diffusers", theirs)):
         text += row([who, *(f"{e:.4f} ({n})" for e, n in best(errors))])
     text += "\n## The same name on the same grid: ours, diffusers'\n\n" + head
-    for name, grid in (key for key in ours if key in theirs):
+    same = [key for key in ours if key in theirs and key not in OTHER_ENDS]
+    for name, grid in same:
         pairs = zip(ours[name, grid], theirs[name, grid])
         text += row([f"{name}, {grid}", *(f"{a:.4f}, {b:.4f}" for a, b in pairs)])
+    text += NOTES
     text += "\n## The others\n\n" + head
-    for who, mine, other in (("", ours, theirs), ("diffusers ", theirs, ours)):
-        for (name, grid), errors in mine.items():
-            if (name, grid) not in other:
+    for who, side in (("", ours), ("diffusers ", theirs)):
+        for (name, grid), errors in side.items():
+            if (name, grid) not in same:
                 text += row([f"{who}{name}, {grid}", *(f"{e:.4f}" for e in errors)])
     return text
 
@@ -204,7 +226,8 @@ def draw(ours: dict, theirs: dict, path: Path) -> None:
         for i, name in enumerate(names):
             lowest = np.min([e for (n, _), e in errors.items() if n == name], axis=0)
             style = ("-", "--", ":")[i // 5]
-            axis.loglog(BUDGETS, lowest, style, color=f"C{i % 10}", label=name, lw=1.2)
+            label = name if errors is ours else THEIR_NAMES.get(name, name)
+            axis.loglog(BUDGETS, lowest, style, color=f"C{i % 10}", label=label, lw=1.2)
         for who, of_side, colour in sides:
             front = [error for error, _ in best(of_side)]
             axis.loglog(BUDGETS, front, "o-", color=colour, lw=2.8, label=f"best of {who}")

@@ -167,7 +167,7 @@ class RK45(Sampler):
     def start(self, x_t, evaluations=None) -> tuple:
         """x, the next step in φ, evaluations so far, and the time reached, one a sample."""
         each = ops.zeros_like(ops.reshape(x_t, (ops.shape(x_t)[0], -1))[:, 0])
-        return x_t, each + 0.05, ops.cast(each, "int32"), each + 1.0, each > 1.0
+        return x_t, each + 0.05, ops.cast(each, "int32"), each + 1.0, each < 1.0
 
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """As many steps as the tolerance asks for, the last of them to s."""
