@@ -230,8 +230,8 @@ def test_langevin_keeps_its_stationary_variance(name):
     alpha, sigma = PUBLISHED[name](t)
     spread, h = alpha**2 * 0.3 + sigma**2, 2 * (snr * sigma) ** 2
     variance = spread / (1 - h / (2 * spread))
-    denoiser, keys = exact.GaussianMixture([[0.0]], 0.3, process=process), random.keys(range(4000))
-    x = np.sqrt(variance) * numpy(random.normal(keys, (3,)))
+    keys = random.keys(range(4000))
+    x = (np.sqrt(variance) * numpy(random.normal(keys, (3,)))).astype("float32")
     denoiser = exact.GaussianMixture([[0.0] * 3], 0.3, process=process)
     run = _backend.compiled(lambda x, keys: langevin(denoiser, x, t, keys, snr), ())
     x = numpy(run(x, random.fold_in(keys, 1)))

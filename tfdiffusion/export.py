@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, random, samplers, times
+from tfdiffusion import _backend, _defaults, random, samplers, times
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.samplers.loop import integrate, prior, resolve_grid, start_time
 from tfdiffusion.training import DiffusionModel
@@ -45,9 +45,9 @@ def saved_model(
     model: DiffusionModel,
     directory: str | os.PathLike,
     *,
-    steps: int = 50,
-    sampler: str | samplers.Sampler = "ddim",
-    grid: str | Sequence[float] = "uniform",
+    steps: int = _defaults.STEPS,
+    sampler: str | samplers.Sampler = _defaults.SAMPLER,
+    grid: str | Sequence[float] = _defaults.GRID,
     threshold: str | None = "auto",
     batch_invariant: bool = True,
     overwrite: bool = False,

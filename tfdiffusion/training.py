@@ -8,7 +8,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _names, predictions, processes, random, samplers, times, weights
+from tfdiffusion import (
+    _backend,
+    _defaults,
+    _names,
+    predictions,
+    processes,
+    random,
+    samplers,
+    times,
+    weights,
+)
 from tfdiffusion.denoiser import (
     Clipped,
     Conditioned,
@@ -201,9 +211,9 @@ class DiffusionModel(NoiseConditionalModel):
         *,
         label=None,
         guidance: float | Sequence[float] = 1.0,
-        steps: int = 50,
-        sampler: str | samplers.Sampler = "ddim",
-        grid: str = "uniform",
+        steps: int = _defaults.STEPS,
+        sampler: str | samplers.Sampler = _defaults.SAMPLER,
+        grid: str = _defaults.GRID,
         threshold: str | None = "auto",
         seed: int = 0,
         seeds=None,

@@ -61,7 +61,8 @@ def mean(values, places, begin, end, rate, *, at_middle: bool = False, curvature
         Tensor (B, ...).
     """
     nodes, density = (ops.cast(part, places[0].dtype) for part in (0.5 + 0.5 * _NODES, _WEIGHTS))
-    density = density * ops.exp(ops.clip(rate, -_STEEPEST, _STEEPEST) * (1.0 - nodes))
+    rate = ops.clip(ops.cast(rate, density.dtype), -_STEEPEST, _STEEPEST)
+    density = density * ops.exp(rate * (1.0 - nodes))
     density = density / ops.sum(density)
     if at_middle:
         curved = len(places) > 2 and places[2] > 0.5 * FAR

@@ -51,8 +51,8 @@ def integrate(
 ):
     """Runs a sampler over a grid: traceable, one loop in the graph, no Python a step.
 
-    Between the N times lie N − 1 steps; then x̂_0 at the last time is the sample, so no noise is
-    added at the end, whatever the sampler and the process.
+    Between the N times lie N − 1 steps; then x̂_0 at the last time is the sample (or what else the
+    sampler's `finish` makes of it), so no noise is added at the end, whatever the process.
 
     Args:
         denoiser: (x_t, t) → x̂_0.
@@ -60,7 +60,8 @@ def integrate(
         times: (N,), falling; N may be dynamic.
         keys: uint32 (B, 2).
         x: the state at times[0], (B, ...).
-        denoise_last: False returns the state at times[N − 1] instead.
+        denoise_last: False returns the state at times[N − 1] instead, for which solvers keep their
+            order to the end.
         return_path: also return the states, (N + denoise_last, B, ...): at each time, and last the
             sample.
         return_report: also return what it took, see `Sampler.report`; hand it to `Sampler.check`.
