@@ -238,7 +238,7 @@ def draw(ours: dict, theirs: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, ncols=2, loc="lower left")
     axes[0].set_ylabel("root mean square error")
-    axes[0].set_ylim(1e-3, 1.0)
+    axes[0].set_ylim(3e-4, 1.0)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
