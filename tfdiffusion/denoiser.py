@@ -137,7 +137,10 @@ class NetworkDenoiser(Denoiser):
         self._substitutes: Callable[[], list[tuple]] | None = None
         self._more_variables: tuple = ()
         self.latest = latest_time(
-            self.process, self.prediction.singular, f"prediction {self.prediction.name!r}"
+            self.process,
+            self.prediction.singular,
+            f"{self.prediction.name!r} prediction says nothing about the image",
+            "prediction='v', 'flow', 'clean' or 'edm'",
         )
 
     def reading(
@@ -202,13 +205,14 @@ class NetworkDenoiser(Denoiser):
         return self.prediction.clean(y, x_t, alpha_t, sigma_t, self.sigma_data)
 
 
-def latest_time(process: Process, singular: bool, what: str) -> float:
+def latest_time(process: Process, singular: bool, what: str, instead: str) -> float:
     """1, or the time where what is singular at α = 0 has to stop.
 
     Args:
         process: that may end there.
         singular: whether it is.
-        what: it is, for the message.
+        what: it is and what happens there, for the message.
+        instead: what to use instead, for the message.
 
     Raises:
         ValueError: If it is singular, and a chain ends there.
@@ -217,9 +221,8 @@ def latest_time(process: Process, singular: bool, what: str) -> float:
         return 1.0
     if process.num_timesteps is not None:
         raise ValueError(
-            f"The {what} needs some signal at every time: it is singular where alpha = 0, and this "
-            "chain ends there (zero terminal SNR). Use prediction='v', 'flow', 'clean' or 'edm', "
-            "and a sampler that can start from pure noise, such as 'ddim'."
+            f"The {what} where alpha = 0, and this chain ends there (zero terminal SNR). "
+            f"Use {instead}."
         )
     return 0.999
 

@@ -310,6 +310,10 @@ def grid(name: str, num_steps, process: Process, latest: float = 1.0, dtype: str
     t = process.snap(make(process, rank / count, latest))
     if process.num_timesteps is None:
         return t
+    # Where two round to one, the later goes on by a step, and so do those that it runs into.
+    before = ops.expand_dims(rank, 1) >= rank
+    t = ops.min(ops.where(before, t + rank / process.num_timesteps, 2.0 * count), axis=1)
+    t = t - rank / process.num_timesteps
     # Strides shorter than a step round to none at either end: count from that end instead.
     last, first = (count - rank) / process.num_timesteps, 1.0 - rank / process.num_timesteps
     return process.snap(ops.maximum(ops.minimum(t, first), last))

@@ -38,7 +38,8 @@ class Sampler(abc.ABC):
         Raises:
             ValueError: If it cannot start where a chain ends.
         """
-        return latest_time(process, self.singular, f"sampler {type(self).__name__}")
+        what = f"steps of {type(self).__name__} are infinite"
+        return latest_time(process, self.singular, what, "a sampler such as 'ddim' or 'ddpm'")
 
     def start(self, x_t, evaluations=None) -> tuple:
         """The first carry.
