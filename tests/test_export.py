@@ -385,6 +385,29 @@ class TestUnconditional:
         assert expected.std() > 0.1
 
 
+@on_tensorflow
+@pytest.mark.parametrize(
+    "sampler, grid", [("dpmpp_2m", "optimized"), ("heun", "karras"), ("rk45", "uniform")]
+)
+def test_any_sampler_and_grid(sampler, grid, tmp_path):
+    """With its history, its stages, its own steps: the same images, whoever runs it."""
+    import tensorflow as tf
+
+    model = make((4, 4, 2), widths=(4,), groups=2, mid_attention=False)
+    directory = export.saved_model(
+        model, tmp_path / "out", sampler=sampler, grid=grid, steps=4, batch_invariant=False
+    )
+    signatures = tf.saved_model.load(directory).signatures
+    expected = model.sample(len(SEEDS), seeds=SEEDS, sampler=sampler, grid=grid, steps=4)
+    answer = signatures["sample_float"](seed=tf.constant(SEEDS))["images"]
+    np.testing.assert_allclose(answer.numpy(), expected, atol=2e-3)
+    assert expected.std() > 0.1
+    expected = model.sample(2, seeds=SEEDS[:2], sampler=sampler, grid=grid, steps=6)
+    requested = {"seed": tf.constant(SEEDS[:2]), "num_steps": tf.constant(6)}
+    pixels = signatures["sample_steps"](**requested)["images"].numpy()
+    assert np.abs(pixels - (expected + 1.0) * 127.5).max() < 1.0
+
+
 def read_png(file):
     """Decodes by another library than the one that encoded."""
     image = pytest.importorskip("PIL.Image").open(io.BytesIO(file))

@@ -17,14 +17,16 @@ PACKAGE = ROOT / "tfdiffusion"
 
 # Which rooms a room may import anywhere, also inside functions. `_names` and `random` know nothing
 # of diffusion, `_backend` only Keras; they are open to all.
-COMMON = {"_backend", "_names", "random"}
+COMMON = {"_backend", "_defaults", "_names", "random"}
 TABLE = {
     "_backend": set(),
+    "_defaults": set(),
     "_names": set(),
     "random": set(),
     "processes": set(),
     "predictions": set(),
-    "times": {"processes"},
+    "_grid_search": set(),
+    "times": {"_grid_search", "processes"},
     "weights": {"processes"},
     "networks": set(),
     "denoiser": {"processes", "predictions"},

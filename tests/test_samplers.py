@@ -324,7 +324,7 @@ def test_the_prior_has_the_spread_of_the_noisiest_state(name):
 class Clock(Sampler):
     """Its states are the times at which it was called, and it counts its steps in the carry."""
 
-    def start(self, x_t):
+    def start(self, x_t, evaluations=None):
         return x_t, ops.zeros((), "int32")
 
     def step(self, denoiser, carry, t, s, keys):
@@ -494,7 +494,7 @@ def test_steps_are_checked():
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"Unknown sampler 'dimm'.*Known: ddim, ddpm"):
+    with pytest.raises(ValueError, match=r"Unknown sampler 'dimm'.*Known: ddim, ddpm, deis"):
         sample(Constant("vp", 0.0), [0], (1,), sampler="dimm")
     with pytest.raises(ValueError, match=r"Unknown grid 'unifrom'. Did you mean 'uniform'"):
         sample(Constant("vp", 0.0), [0], (1,), grid="unifrom")

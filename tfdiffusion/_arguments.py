@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from tfdiffusion import _defaults
+
 # The defaults were chosen so that the digits take about a minute on two cores, and images of
 # 28x28 or 32x32 an hour.
 DIGITS_STEPS, OTHER_STEPS = 1000, 6000
@@ -270,21 +272,24 @@ def _sampling_arguments(parser: Any) -> None:
         "--steps",
         type=_whole(1),
         metavar="N",
-        default=50,
-        help="steps from noise to image: more take longer and look better (default: 50)",
+        default=_defaults.STEPS,
+        help="steps from noise to image: more take longer and come closer to the exact solution "
+        f"(default: {_defaults.STEPS})",
     )
     parser.add_argument(
         "--sampler",
-        default="ddim",
+        default=_defaults.SAMPLER,
         metavar="NAME",
-        help="ddim (default: no noise on the way), ddpm (fresh noise at every step, needs more "
-        "steps) or another that the library has",
+        help=f"{_defaults.SAMPLER} (default: few steps, no noise on the way), ddim (the simplest "
+        "of that kind), ddpm (fresh noise at every step, needs a hundred or more), or another: "
+        "unipc_2, plms, deis, heun, ...",
     )
     parser.add_argument(
         "--grid",
-        default="uniform",
+        default=_defaults.GRID,
         metavar="NAME",
-        help="which noise levels to visit: uniform (default), quadratic, karras, linspace, leading",
+        help=f"which noise levels to visit: {_defaults.GRID} (default), uniform, quadratic, "
+        "log_snr, optimized, linspace, leading",
     )
 
 

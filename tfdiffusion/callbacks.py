@@ -10,7 +10,7 @@ from pathlib import Path
 
 import keras
 
-from tfdiffusion import checkpoints
+from tfdiffusion import _defaults, checkpoints
 
 
 class _Periodic(keras.callbacks.Callback):
@@ -102,7 +102,7 @@ class SampleGrid(_Periodic):
         *,
         num: int = 16,
         label=None,
-        steps: int = 50,
+        steps: int = _defaults.STEPS,
         seed: int = 0,
         columns: int | None = None,
     ):

@@ -690,8 +690,7 @@ def _check_sampling(model: Any, args: argparse.Namespace) -> None:
     from tfdiffusion.samplers.loop import resolve_grid
 
     with _told(UsageError):
-        samplers.get(args.sampler)
-        resolve_grid(model.raw, args.grid, args.steps)
+        resolve_grid(model.raw, args.grid, args.steps, samplers.get(args.sampler))
 
 
 _COMMANDS = {"train": _train, "sample": _sample, "export": _export, "info": _info}

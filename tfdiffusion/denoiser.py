@@ -69,6 +69,12 @@ class Denoiser(abc.ABC):
         noise = self.noise_from(x_t, x_0, t)
         return rows(alpha_slope, x_t) * x_0 + rows(sigma_slope, x_t) * noise
 
+    def reverse_drift(self, x_t, t):
+        """f x − g² ∇ log q of the reverse SDE, whose noise is g (arXiv:2011.13456, eq. 6)."""
+        process = self.process
+        gain = process.diffusion(t) ** 2 / process.sigma(t)
+        return rows(process.drift(t), x_t) * x_t + rows(gain, x_t) * self.noise(x_t, t)
+
 
 def _timestep(process: Process, t):
     """DDPM's 0-based step, 0 … T−1; a continuous process counts as one of 1000 steps."""
@@ -130,7 +136,12 @@ class NetworkDenoiser(Denoiser):
         self.sigma_data, self.scale_input = float(sigma_data), bool(scale_input)
         self._substitutes: Callable[[], list[tuple]] | None = None
         self._more_variables: tuple = ()
-        self.latest = _latest_time(self.process, self.prediction)
+        self.latest = latest_time(
+            self.process,
+            self.prediction.singular,
+            f"{self.prediction.name!r} prediction says nothing about the image",
+            "prediction='v', 'flow', 'clean' or 'edm'",
+        )
 
     def reading(
         self, substitutes: Callable[[], list[tuple]], variables: Sequence = ()
@@ -194,15 +205,24 @@ class NetworkDenoiser(Denoiser):
         return self.prediction.clean(y, x_t, alpha_t, sigma_t, self.sigma_data)
 
 
-def _latest_time(process: Process, prediction: predictions.Prediction) -> float:
-    """1, or the time where a prediction that is singular at α = 0 has to stop."""
-    if not prediction.singular or float(process.alpha(1.0)) > 1e-6:
+def latest_time(process: Process, singular: bool, what: str, instead: str) -> float:
+    """1, or the time where what is singular at α = 0 has to stop.
+
+    Args:
+        process: that may end there.
+        singular: whether it is.
+        what: it is and what happens there, for the message.
+        instead: what to use instead, for the message.
+
+    Raises:
+        ValueError: If it is singular, and a chain ends there.
+    """
+    if not singular or float(process.alpha(1.0)) > 1e-6:
         return 1.0
     if process.num_timesteps is not None:
         raise ValueError(
-            f"The {prediction.name!r} prediction says nothing about the image where alpha = 0, and "
-            "this chain ends there (zero terminal SNR). Use prediction='v', 'flow', 'clean' or "
-            "'edm'."
+            f"The {what} where alpha = 0, and this chain ends there (zero terminal SNR). "
+            f"Use {instead}."
         )
     return 0.999
 

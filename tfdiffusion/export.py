@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, random, samplers, times
+from tfdiffusion import _backend, _defaults, random, samplers, times
 from tfdiffusion.denoiser import Denoiser
-from tfdiffusion.samplers.loop import integrate, prior, resolve_grid
+from tfdiffusion.samplers.loop import integrate, prior, resolve_grid, start_time
 from tfdiffusion.training import DiffusionModel
 
 # How many rows may be under way at once: memory grows with it, and a few keep all cores busy.
@@ -45,9 +45,9 @@ def saved_model(
     model: DiffusionModel,
     directory: str | os.PathLike,
     *,
-    steps: int = 50,
-    sampler: str | samplers.Sampler = "ddim",
-    grid: str | Sequence[float] = "uniform",
+    steps: int = _defaults.STEPS,
+    sampler: str | samplers.Sampler = _defaults.SAMPLER,
+    grid: str | Sequence[float] = _defaults.GRID,
     threshold: str | None = "auto",
     batch_invariant: bool = True,
     overwrite: bool = False,
@@ -95,7 +95,7 @@ def saved_model(
     _check_backend()
     _check_model(model)
     sampler = samplers.get(sampler)
-    resolve_grid(model.raw, grid, steps)
+    resolve_grid(model.raw, grid, steps, sampler)
     model.guided(threshold=threshold)
     directory = _check_directory(Path(directory), overwrite)
     import tensorflow as tf
@@ -201,7 +201,10 @@ class _Graph:
         rows = self._checked([inputs[name] for name in self.rows], list(self.rows))
         if "num_steps" in inputs:
             return self.sample(self._visited(inputs["num_steps"]), *rows)
-        return self.sample(resolve_grid(self.model.raw, self.grid, self.steps), *rows)
+        return self.sample(self._default_times(), *rows)
+
+    def _default_times(self):
+        return resolve_grid(self.model.raw, self.grid, self.steps, self.sampler)
 
     def _visited(self, num_steps):
         import tensorflow as tf
@@ -216,7 +219,8 @@ class _Graph:
             ]
         ):
             num_steps = tf.identity(num_steps)
-        return times.grid(self.grid, num_steps, process, self.model.raw.latest, _backend.TIME_DTYPE)
+        latest = start_time(self.model.raw, self.sampler)
+        return times.grid(self.grid, num_steps, process, latest, _backend.TIME_DTYPE)
 
     def _sample(self, visited, *rows):
         """The loop: times (N,), seeds and conditions (B,) → (B, *shape)."""

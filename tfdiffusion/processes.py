@@ -84,6 +84,19 @@ class Process(abc.ABC):
         low, high = ops.fori_loop(0, 50, halve, bounds)
         return 0.5 * (low + high)
 
+    def marginal(self, x_0, t):
+        """Moments of q(x_t | x_0).
+
+        Args:
+            x_0: data, float (B, ...).
+            t: times, () or (B,).
+
+        Returns:
+            (α x_0, σ): the mean (B, ...), and the standard deviation, shaped to multiply x_0.
+        """
+        x_0 = ops.convert_to_tensor(x_0)
+        return _backend.rows(self.alpha(t), x_0) * x_0, _backend.rows(self.sigma(t), x_0)
+
     def transition(self, t, s):
         """Moments of q(x_t | x_s) for s < t.
 

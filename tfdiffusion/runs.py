@@ -17,7 +17,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from tfdiffusion import callbacks, checkpoints, models
+from tfdiffusion import _defaults, callbacks, checkpoints, models
 from tfdiffusion.data import Examples
 from tfdiffusion.training import DiffusionModel
 
@@ -288,7 +288,7 @@ class Run:
         return {
             "num": num,
             "label": labels_in_turn(num, self.model.num_classes),
-            "steps": min(50, self.model.process.num_timesteps or 50),
+            "steps": min(_defaults.STEPS, self.model.process.num_timesteps or _defaults.STEPS),
             "columns": in_row,
         }
 

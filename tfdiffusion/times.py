@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _names, random
+from tfdiffusion import _grid_search, _names, random
 from tfdiffusion.processes import Process
 
 #: The earliest time of continuous processes in training (score SDE, arXiv:2011.13456, app. C).
@@ -211,15 +211,48 @@ def _quadratic(process, u, latest):
     return latest * (1.0 - u) ** 2
 
 
-def _karras(process, u, latest):
-    # (σ/α)^(1/7) in equal strides between the process's ends (EDM, arXiv:2206.00364, eq. 5), which
-    # are cut to e^±8 where they are not finite. The first time is the latest all the same.
+def _from_level(process, u, latest, level):
+    # Times at which ln(σ/α) is level(share, high, low), with a share of the way from 0 to 1 between
+    # the ends of the process, which are cut to ±8 where they are not finite. The first time is the
+    # latest all the same.
     ends = ops.convert_to_tensor([latest, 1.0 / (process.num_timesteps or 1000)], dtype=u.dtype)
     log_snr = ops.clip(process.log_snr(ends), -16.0, 16.0)
-    high, low = ops.exp(-log_snr[0] / 14.0), ops.exp(-log_snr[1] / 14.0)
     share = u * _count(u) / ops.maximum(_count(u) - 1.0, 1.0)
-    t = process.inverse_log_snr(-14.0 * ops.log(high + share * (low - high)))
-    return ops.where(share > 0.0, t, latest)
+    log_level = level(share, -0.5 * log_snr[0], -0.5 * log_snr[1])
+    return ops.where(share > 0.0, process.inverse_log_snr(-2.0 * log_level), latest)
+
+
+def _power(share, high, low, rho):
+    # (σ/α)^(1/ρ) in equal strides, on a logarithmic scale.
+    high, low = ops.exp(high / rho), ops.exp(low / rho)
+    return rho * ops.log(high + share * (low - high))
+
+
+def _karras(process, u, latest):
+    # EDM, arXiv:2206.00364, eq. 5.
+    return _from_level(process, u, latest, lambda *ends: _power(*ends, 7.0))
+
+
+def _log_snr(process, u, latest):
+    # ln(σ/α) in equal strides (DPM-Solver, arXiv:2206.00927, sec. 3.4).
+    return _from_level(process, u, latest, lambda share, high, low: high + share * (low - high))
+
+
+def _optimized(process, u, latest):
+    # What is best for this many times, as far as the process reaches; see `_grid_search`.
+    most, count = _grid_search.MOST, u.shape[0]
+    if count is None:  # known only when it runs
+        table = [_grid_search.shape(k) for k in range(1, most + 1)]
+        row = ops.minimum(ops.shape(u)[0], most) - 1
+        best = ops.take(ops.convert_to_tensor(table, dtype=u.dtype), row, axis=0)
+    else:
+        best = ops.convert_to_tensor(_grid_search.shape(min(count, most)), dtype=u.dtype)
+
+    def level(share, high, low):
+        high, low = ops.minimum(ops.log(best[0]), high), ops.maximum(ops.log(best[1]), low)
+        return _power(share, high, low, best[2])
+
+    return _from_level(process, u, latest, level)
 
 
 def _count(u):
@@ -232,7 +265,9 @@ _GRIDS = {
     "leading": _leading,
     "linspace": _linspace,
     "quadratic": _quadratic,
+    "log_snr": _log_snr,
     "karras": _karras,
+    "optimized": _optimized,
 }
 
 
@@ -250,7 +285,9 @@ def grid(name: str, num_steps, process: Process, latest: float = 1.0, dtype: str
     | leading   | equal strides from the first step; stops short of t = 1      |
     | linspace  | both ends included                                           |
     | quadratic | (1 − k/N)²                                                   |
+    | log_snr   | ln(σ/α) in equal strides                                     |
     | karras    | (σ/α)^(1/7) in equal strides (EDM)                           |
+    | optimized | least error of DPM-Solver++ 2M on Gaussians of many scales   |
 
     Args:
         name: one of the above.
@@ -273,6 +310,10 @@ def grid(name: str, num_steps, process: Process, latest: float = 1.0, dtype: str
     t = process.snap(make(process, rank / count, latest))
     if process.num_timesteps is None:
         return t
+    # Where two round to one, the later goes on by a step, and so do those that it runs into.
+    before = ops.expand_dims(rank, 1) >= rank
+    t = ops.min(ops.where(before, t + rank / process.num_timesteps, 2.0 * count), axis=1)
+    t = t - rank / process.num_timesteps
     # Strides shorter than a step round to none at either end: count from that end instead.
     last, first = (count - rank) / process.num_timesteps, 1.0 - rank / process.num_timesteps
     return process.snap(ops.maximum(ops.minimum(t, first), last))

@@ -8,7 +8,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _names, predictions, processes, random, samplers, times, weights
+from tfdiffusion import (
+    _backend,
+    _defaults,
+    _names,
+    predictions,
+    processes,
+    random,
+    samplers,
+    times,
+    weights,
+)
 from tfdiffusion.denoiser import (
     Clipped,
     Conditioned,
@@ -201,9 +211,9 @@ class DiffusionModel(NoiseConditionalModel):
         *,
         label=None,
         guidance: float | Sequence[float] = 1.0,
-        steps: int = 50,
-        sampler: str | samplers.Sampler = "ddim",
-        grid: str = "uniform",
+        steps: int = _defaults.STEPS,
+        sampler: str | samplers.Sampler = _defaults.SAMPLER,
+        grid: str = _defaults.GRID,
         threshold: str | None = "auto",
         seed: int = 0,
         seeds=None,
@@ -218,7 +228,8 @@ class DiffusionModel(NoiseConditionalModel):
             label: class of all images, or one a row (num,); None for the unconditional model.
             guidance: scale of all images, or one a row (num,); 1 is the plain conditional model,
                 0 ignores the label.
-            steps: evaluations of the network a sample (a chain of T steps has at most T).
+            steps: N, times to visit, at most T on a chain of T steps; a sampler of k evaluations a
+                step takes k (N − 1) + 1 of the network.
             sampler: "ddim", "ddpm", ..., or a `Sampler`.
             grid: times to visit; see `tfdiffusion.times.grid`.
             threshold: see `guided`.
@@ -233,6 +244,7 @@ class DiffusionModel(NoiseConditionalModel):
 
         Raises:
             ValueError: If the model has not seen data, a name is unknown or a number out of range.
+            RuntimeError: If a sampler with a tolerance could not meet it.
         """
         if self.sample_shape is None:
             raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")
@@ -241,7 +253,7 @@ class DiffusionModel(NoiseConditionalModel):
             raise ValueError(f"batch_size must be >= 1. Received batch_size={batch_size}.")
         self._start_average()
         sampler = samplers.get(sampler)
-        visited = resolve_grid(self.raw, grid, steps)
+        visited = resolve_grid(self.raw, grid, steps, sampler)
         guided = bool((scales != 1.0).any())
         run = self._compiled_sampler(
             sampler, labels is not None, guided, threshold, ema, return_path
@@ -256,8 +268,9 @@ class DiffusionModel(NoiseConditionalModel):
                 inputs.append(ops.convert_to_tensor(labels[padded], dtype="int32"))
             if guided:
                 inputs.append(ops.convert_to_tensor(scales[padded], dtype="float32"))
-            result = run(visited, *inputs)
-            outputs = [ops.convert_to_numpy(r) for r in (result if return_path else (result,))]
+            *result, report = run(visited, *inputs)
+            sampler.check(report)
+            outputs = [ops.convert_to_numpy(r) for r in result]
             keep = len(rows_)
             chunks.append([outputs[0][:keep], *(path[:, :keep] for path in outputs[1:])])
         images = np.concatenate([chunk[0] for chunk in chunks])
@@ -282,7 +295,8 @@ class DiffusionModel(NoiseConditionalModel):
             def run(visited, keys, label=None, scale=None):
                 denoiser = self.guided(label, scale, threshold=threshold, ema=ema)
                 x = prior(denoiser, keys, shape, visited[0])
-                return integrate(denoiser, sampler, visited, keys, x, return_path=return_path)
+                wanted = {"return_path": return_path, "return_report": True}
+                return integrate(denoiser, sampler, visited, keys, x, **wanted)
 
             variables = self.variables
             self._compiled_samplers[key] = _backend.compiled(run, variables)

@@ -59,6 +59,11 @@ class DDIM(Sampler):
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"DDIM's eta must lie in [0, 1]. Received eta={self.eta}.")
 
+    @property
+    def reversible(self) -> bool:
+        """With η = 0."""
+        return self.eta == 0.0
+
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """x_s = α_s x̂_0 + √(σ_s² − η² β̃) ε̂ + η √β̃ z."""
         (x_t,) = carry

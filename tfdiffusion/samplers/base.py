@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import abc
+import functools
+from collections.abc import Callable
 
 import keras
+from keras import ops
 
 from tfdiffusion import _names
-from tfdiffusion.denoiser import Denoiser
+from tfdiffusion.denoiser import Denoiser, latest_time
+from tfdiffusion.processes import Process
 
-_SAMPLERS: dict[str, type[Sampler]] = {}
+_SAMPLERS: dict[str, Callable[[], Sampler]] = {}
 
 
 class Sampler(abc.ABC):
@@ -17,10 +21,34 @@ class Sampler(abc.ABC):
 
     A sampler gets the denoiser, not its output, so it may call it as often as it likes, and keeps
     what it needs from earlier steps in its carry, a tuple of tensors whose first entry is x.
+
+    Attributes:
+        evaluations: of the denoiser in one step.
+        singular: whether a step from where there is no signal is infinite.
+        reversible: whether it draws no noise, and its steps also go from data to noise.
     """
 
-    def start(self, x_t) -> tuple:
-        """The first carry for a state x_t (B, ...)."""
+    evaluations: int = 1
+    singular: bool = False
+    reversible: bool = False
+
+    def latest(self, process: Process) -> float:
+        """The last time of a process from which it can start.
+
+        Raises:
+            ValueError: If it cannot start where a chain ends.
+        """
+        what = f"steps of {type(self).__name__} are infinite"
+        return latest_time(process, self.singular, what, "a sampler such as 'ddim' or 'ddpm'")
+
+    def start(self, x_t, evaluations=None) -> tuple:
+        """The first carry.
+
+        Args:
+            x_t: the state (B, ...).
+            evaluations: N, the number of times in the grid, an integer or integer tensor; None if
+                the sample is the state at the last of them, not what is denoised there.
+        """
         return (x_t,)
 
     @abc.abstractmethod
@@ -38,6 +66,29 @@ class Sampler(abc.ABC):
             The carry at s, of the same structure and shapes.
         """
 
+    def finish(self, denoiser: Denoiser, carry: tuple, t):
+        """The sample, from the carry at the grid's last time: x̂_0, so that no noise is added.
+
+        Args:
+            denoiser: as in `step`; asked once.
+            carry: as the last step returned it.
+            t: the last time, a scalar tensor.
+
+        Returns:
+            Tensor (B, ...).
+        """
+        return denoiser(carry[0], t)
+
+    def report(self, carry: tuple, steps) -> dict:
+        """What a run of some steps took, as tensors: at least its `evaluations`, for each sample.
+
+        The evaluation that denoises the last state is not among them.
+        """
+        return {"evaluations": ops.convert_to_tensor(self.evaluations * steps)}
+
+    def check(self, report: dict) -> None:  # noqa: B027  (most have nothing to check)
+        """Raises a RuntimeError if a run did not do what it should."""
+
     def get_config(self) -> dict:
         """Arguments that make this sampler again."""
         return dict(vars(self))
@@ -48,11 +99,16 @@ class Sampler(abc.ABC):
         return cls(**config)
 
 
-def register(name: str):
-    """Class decorator that lists a sampler under a name and makes it serializable."""
+def register(name: str, **arguments):
+    """Class decorator that lists a sampler under a name and makes it serializable.
+
+    Args:
+        name: what `get` takes.
+        **arguments: of the sampler that the name stands for.
+    """
 
     def add(cls: type[Sampler]) -> type[Sampler]:
-        _SAMPLERS[name] = cls
+        _SAMPLERS[name] = functools.partial(cls, **arguments)
         return keras.saving.register_keras_serializable(package="tfdiffusion")(cls)
 
     return add

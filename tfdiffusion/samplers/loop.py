@@ -47,11 +47,12 @@ def integrate(
     *,
     denoise_last: bool = True,
     return_path: bool = False,
+    return_report: bool = False,
 ):
     """Runs a sampler over a grid: traceable, one loop in the graph, no Python a step.
 
-    Between the N times lie N − 1 steps; then x̂_0 at the last time is the sample, so no noise is
-    added at the end, whatever the sampler and the process.
+    Between the N times lie N − 1 steps; then x̂_0 at the last time is the sample (or what else the
+    sampler's `finish` makes of it), so no noise is added at the end, whatever the process.
 
     Args:
         denoiser: (x_t, t) → x̂_0.
@@ -59,12 +60,14 @@ def integrate(
         times: (N,), falling; N may be dynamic.
         keys: uint32 (B, 2).
         x: the state at times[0], (B, ...).
-        denoise_last: False returns the state at times[N − 1] instead.
+        denoise_last: False returns the state at times[N − 1] instead, for which solvers keep their
+            order to the end.
         return_path: also return the states, (N + denoise_last, B, ...): at each time, and last the
             sample.
+        return_report: also return what it took, see `Sampler.report`; hand it to `Sampler.check`.
 
     Returns:
-        The sample (B, ...), or (sample, path).
+        The sample (B, ...); or a tuple of it, the path and the report, as far as asked for.
     """
     steps = ops.shape(times)[0] - 1
     path = ()
@@ -81,13 +84,17 @@ def integrate(
             path = (ops.slice_update(path[0], start, carry[0][None]),)
         return carry, path
 
-    carry, path = ops.fori_loop(0, steps, advance, (sampler.start(x), path))
-    result = denoiser(carry[0], times[steps]) if denoise_last else carry[0]
-    if not return_path:
-        return result
-    if not denoise_last:
-        return result, path[0][:-1]
-    return result, ops.concatenate([path[0][:-1], result[None]])
+    carry = sampler.start(x, steps + 1 if denoise_last else None)
+    carry, path = ops.fori_loop(0, steps, advance, (carry, path))
+    result = sampler.finish(denoiser, carry, times[steps]) if denoise_last else carry[0]
+    outputs = [result]
+    if return_path:
+        last = [result[None]] if denoise_last else []
+        outputs.append(ops.concatenate([path[0][:-1], *last]))
+    if return_report:
+        report = sampler.report(carry, steps)
+        outputs.append({**report, "evaluations": report["evaluations"] + int(denoise_last)})
+    return tuple(outputs) if len(outputs) > 1 else result
 
 
 def sample(
@@ -101,6 +108,7 @@ def sample(
     x=None,
     denoise_last: bool = True,
     return_path: bool = False,
+    return_report: bool = False,
 ):
     """Draws one sample a seed from any denoiser.
 
@@ -113,22 +121,26 @@ def sample(
         seeds: one integer a sample; a seed gives its sample in any batch.
         shape: of one sample, without the batch.
         sampler: a `Sampler` or its name.
-        steps: N, evaluations of the denoiser (of a one-evaluation sampler); at most T on a chain.
+        steps: N, the number of times, at most T on a chain; a sampler of k evaluations a step takes
+            k (N − 1) + 1.
         grid: a name that `tfdiffusion.times.grid` knows, or falling times in (0, 1].
         x: the state to start from, (B, *shape), instead of noise from the seeds.
         denoise_last: see `integrate`.
         return_path: see `integrate`.
+        return_report: also return a dict with at least the number of `evaluations`, an integer, or
+            one a sample (B,) where a sampler chooses its own steps.
 
     Returns:
-        float32 tensor (B, *shape), or (sample, path).
+        float32 tensor (B, *shape); or a tuple of it, the path and the report, as far as asked for.
 
     Raises:
         ValueError: If a name is unknown, the times do not fall within (0, denoiser.latest], or x
             does not have a row for each seed.
         TypeError: If the seeds are not integers.
+        RuntimeError: If a sampler with a tolerance could not meet it.
     """
     sampler = get(sampler)
-    times = resolve_grid(denoiser, grid, steps)
+    times = resolve_grid(denoiser, grid, steps, sampler)
     keys = random.keys(seeds)
     if x is not None:
         x = ops.convert_to_tensor(x, dtype="float32")
@@ -148,14 +160,23 @@ def sample(
             state,
             denoise_last=denoise_last,
             return_path=return_path,
+            return_report=True,
         )
 
     start = () if x is None else (x,)
-    return _backend.compiled(run, denoiser.variables)(times, keys, *start)
+    *outputs, report = _backend.compiled(run, denoiser.variables)(times, keys, *start)
+    sampler.check(report)
+    if return_report:
+        outputs.append({name: ops.convert_to_numpy(value) for name, value in report.items()})
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def resolve_grid(denoiser: Denoiser, grid: str | Sequence[float], steps: int):
+def resolve_grid(
+    denoiser: Denoiser, grid: str | Sequence[float], steps: int, sampler: Sampler | None = None
+):
     """The times to visit, checked: a named grid of `steps` times, or the given ones.
+
+    They begin at the last time at which denoiser and sampler are finite.
 
     Returns:
         Tensor (N,), float64 where the backend has it.
@@ -163,15 +184,26 @@ def resolve_grid(denoiser: Denoiser, grid: str | Sequence[float], steps: int):
     Raises:
         ValueError: See `sample`.
     """
-    dtype = _backend.TIME_DTYPE
+    dtype, process = _backend.TIME_DTYPE, denoiser.process
+    latest = denoiser.latest if sampler is None else start_time(denoiser, sampler)
     if isinstance(grid, str):
-        check_steps(steps, denoiser.process)
-        return make_grid(grid, steps, denoiser.process, denoiser.latest, dtype)
+        check_steps(steps, process)
+        return make_grid(grid, steps, process, latest, dtype)
     times = [float(t) for t in grid]
     falling = all(t > s for t, s in itertools.pairwise(times))
-    if not (times and falling and times[-1] > 0.0 and times[0] <= denoiser.latest):
+    if not (times and falling and times[-1] > 0.0 and times[0] <= latest):
+        why = "" if latest == 1.0 else " Before, something here is singular: there is no signal."
         raise ValueError(
-            f"A grid must fall strictly within (0, {denoiser.latest:g}]. "
-            f"Received {times[:3]}{'...' if len(times) > 3 else ''} ({len(times)} times)."
+            f"A grid must fall strictly within (0, {latest:g}]. "
+            f"Received {times[:3]}{'...' if len(times) > 3 else ''} ({len(times)} times).{why}"
         )
-    return denoiser.process.snap(ops.convert_to_tensor(times, dtype=dtype))
+    return process.snap(ops.convert_to_tensor(times, dtype=dtype))
+
+
+def start_time(denoiser: Denoiser, sampler: Sampler) -> float:
+    """The time at which sampling starts, the last at which both are finite.
+
+    Raises:
+        ValueError: If the sampler cannot start where a chain ends.
+    """
+    return min(denoiser.latest, sampler.latest(denoiser.process))
