@@ -238,7 +238,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         """See base class."""
         config = dict(config)
         for key in ("network", "process", "weight", "times"):
-            if isinstance(config[key], dict):
+            if isinstance(config.get(key), dict):
                 config[key] = keras.saving.deserialize_keras_object(config[key])
         return cls(**config)
 
@@ -323,15 +323,25 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         keys = random.fold_in(keys, _backend.replica_id())
         self.step_count.assign_add(1)
         keys = random.fold_in(keys, ops.arange(batch))
-        t = self.times.sample(random.fold_in(keys, _TIMES), self.process, self.raw.latest)
+        t, importance = self.draw_times(random.fold_in(keys, _TIMES))
         if label is not None:
             dropped = random.uniform(random.fold_in(keys, _LABEL_DROPOUT)) < self.label_dropout
             label = ops.where(dropped, self.num_classes, label)
         losses = self.losses_at(x_0, label, t, keys, training=training)
+        if importance is not None:
+            self.note_losses(t, losses)
+            losses = importance * losses
         if sample_weight is not None:
             losses = losses * sample_weight
         # Keras' own `losses` are those of regularizers and `add_loss`.
         return ops.mean(losses) + sum(self.losses)
+
+    def draw_times(self, keys):
+        """Training times (B,), and what each loss has to be multiplied by, (B,) or None for 1."""
+        return self.times.sample(keys, self.process, self.raw.latest), None
+
+    def note_losses(self, t, losses) -> None:
+        """Called with the losses of times that `draw_times` gave a weight."""
 
     def after_update(self, moved) -> None:
         """Called once per training step, behind the optimizer."""
@@ -447,7 +457,7 @@ class DiffusionModel(_backend.TrainStep, keras.Model):
         Half the size in memory and on disk: what one ships. It can be trained further.
         """
         self._start_average()
-        model = DiffusionModel.from_config({**self.get_config(), "ema_decay": None})
+        model = type(self).from_config({**self.get_config(), "ema_decay": None})
         model.build((None, *self.sample_shape))
         values = {id(variable): value for variable, value in self._averaged()}  # averages last
         for theirs, mine in zip(self.network.variables, model.network.variables):

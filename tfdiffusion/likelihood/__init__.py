@@ -1,7 +1,7 @@
 """What a model says about data, in bits: the variational bound and the exact log-likelihood.
 
-`bound` and `continuous_bound` are upper bounds of −log2 p, term by term; `log_likelihood` follows the
-probability-flow ODE. All take any model or denoiser, any process, images or points.
+`bound` and `continuous_bound` are upper bounds of −log2 p, term by term; `log_likelihood` follows
+the probability-flow ODE. All take any model or denoiser, any process, images or points.
 """
 
 from tfdiffusion.likelihood.bound import (

@@ -7,8 +7,8 @@ A chain of latents x_{t_1} … x_{t_N}, little noise to much, bounds the likelih
                + Σ_k E KL(q(x_{t_{k−1}} | x_{t_k}, x_0) ‖ p(x_{t_{k−1}} | x_{t_k}))  one a step
                + E[−ln p(x_0 | x_{t_1})]                                             decoder
 
-All are Gaussians. Both means of a step are c_0 · + c_t x_t, with x_0 or x̂_0 in the place of the dot,
-so its term is, with q's variance β̃ and p's variance v,
+All are Gaussians. Both means of a step are c_0 · + c_t x_t, with x_0 or x̂_0 in the place of the
+dot, so its term is, with q's variance β̃ and p's variance v,
 
     KL = ½ (β̃/v − 1 − ln(β̃/v) + c_0² ‖x_0 − x̂_0‖² / v)    a dimension.
 
@@ -231,8 +231,8 @@ def continuous_bound(
     def ends(x_0, keys):
         noise = random.normal(random.fold_in(keys, _DECODER), x_0.shape[1:])
         deviation = math.exp(-0.5 * high)  # σ/α
-        nats = _negative_log(x_0, x_0 + deviation * noise, -high, pixels)
-        return _mean(_prior_at(x_0, low)), _mean(nats)
+        nats = negative_log(x_0, x_0 + deviation * noise, -high, pixels)
+        return _mean(prior_at(x_0, low)), _mean(nats)
 
     step, ends = (_backend.compiled(f, denoiser.variables) for f in (step, ends))
     offsets = _uniform(len(x_0), seed)
@@ -264,10 +264,11 @@ def continuous_bound(
 
 def prior_term(denoiser: Denoiser, x_0):
     """KL(q(x_1 | x_0) ‖ N(0, α² + σ²)), the prior that sampling starts from; nats, elementwise."""
-    return _prior_at(x_0, denoiser.process.log_snr(np.float64(denoiser.latest)))
+    return prior_at(x_0, denoiser.process.log_snr(np.float64(denoiser.latest)))
 
 
-def _prior_at(x_0, log_snr):
+def prior_at(x_0, log_snr):
+    """The prior term at a log-SNR; nats, elementwise."""
     # Scaled to unit variance the prior is N(0, I), and x_1 has mean √sigmoid(λ) x_0 and variance
     # sigmoid(−λ).
     log_snr = ops.cast(log_snr, x_0.dtype)
@@ -296,11 +297,17 @@ def step_term(
     """
     x_t = _noisy(denoiser.process, x_0, noise, t)
     clean, log_p = _reverse(denoiser, x_t, t, s, variance, floor, pixels, label)
-    c_0, _, posterior = denoiser.process.posterior(t, s)
-    excess = rows(ops.log(posterior), x_t) - log_p
     error = ops.square(x_0 - clean)
-    mismatch = rows(c_0, x_t) ** 2 * error * ops.exp(-log_p)
-    return 0.5 * (ops.expm1(excess) - excess + mismatch), error
+    return step_kl(denoiser.process, error, log_p, t, s, floor), error
+
+
+def step_kl(process: Process, error, log_p, t, s, floor=0.0):
+    """KL of q(x_s | x_t, x_0) to N(c_0 x̂_0 + c_t x_t, exp log_p), given (x̂_0 − x_0)²; nats."""
+    c_0, _, _ = process.posterior(t, s)
+    _, log_q = log_variances(process, t, s, floor)
+    excess = rows(log_q, error) - log_p
+    mismatch = rows(c_0, error) ** 2 * error * ops.exp(-log_p)
+    return 0.5 * (ops.expm1(excess) - excess + mismatch)
 
 
 def decoder_term(
@@ -324,10 +331,11 @@ def decoder_term(
     """
     x_t = _noisy(denoiser.process, x_0, noise, t)
     clean, log_p = _reverse(denoiser, x_t, t, None, variance, floor, pixels, label)
-    return _negative_log(x_0, clean, log_p, pixels), ops.square(x_0 - clean)
+    return negative_log(x_0, clean, log_p, pixels), ops.square(x_0 - clean)
 
 
-def _negative_log(x_0, mean, log_variance, pixels):
+def negative_log(x_0, mean, log_variance, pixels):
+    """−ln N(x_0; mean, exp log_variance), or of its mass in the bin; nats, elementwise."""
     if pixels is not None:
         return -pixels.log_probability(x_0, mean, log_variance)
     distance = ops.square(x_0 - mean) * ops.exp(-log_variance)
@@ -438,7 +446,7 @@ def progressive_decoding(model, x_0, times: Sequence[float], label=None, *, seed
 
 
 def _check_variance(denoiser: Denoiser, variance):
-    learned = hasattr(denoiser, "reverse")
+    learned = denoiser.learns_variance
     if variance is None:
         return "learned" if learned else "posterior"
     if callable(variance):
@@ -446,10 +454,7 @@ def _check_variance(denoiser: Denoiser, variance):
     if variance not in VARIANCES:
         raise _names.unknown("variance", variance, VARIANCES)
     if variance == "learned" and not learned:
-        raise TypeError(
-            f"{type(denoiser).__name__} has no learned variance. Train a "
-            "tfdiffusion.LearnedVarianceModel, or use variance='posterior' or 'beta'."
-        )
+        Denoiser.reverse(denoiser, None, None, None)  # says so
     return variance
 
 

@@ -29,7 +29,7 @@ from tfdiffusion.likelihood.bound import (
     _at_least_one,
     _batches,
     _clean,
-    _prior_at,
+    prior_at,
     standard_error,
 )
 from tfdiffusion.likelihood.pixels import Pixels, as_float
@@ -37,18 +37,20 @@ from tfdiffusion.likelihood.pixels import Pixels, as_float
 DIVERGENCES = ("rademacher", "gaussian", "exact")
 _DEQUANTIZATION, _PROBE = 0, 1
 
-# The pair of orders 5 and 4 of Dormand and Prince (1980); stage 7 is the next step's first.
-_NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-_STAGES = (
-    (),
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+# The pair of orders 5 and 4 of Dormand and Prince (1980); the last stage is the next step's first.
+_NODES = np.array([0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0])
+_STAGES = np.array(
+    [
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [1 / 5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [3 / 40, 9 / 40, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [44 / 45, -56 / 15, 32 / 9, 0.0, 0.0, 0.0, 0.0],
+        [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729, 0.0, 0.0, 0.0],
+        [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656, 0.0, 0.0],
+        [35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0],
+    ]
 )
-_ERRORS = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+_ERRORS = np.array([71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40])
 
 
 class ToleranceError(ArithmeticError):
@@ -253,31 +255,38 @@ def integrate(field, state: tuple, start: float, end: float, tolerance, max_step
     direction = 1.0 if end > start else -1.0
     length = abs(end - start)
 
-    def combine(state, slopes, coefficients, h):
-        used = [(c, s) for c, s in zip(coefficients, slopes) if c]
+    nodes = ops.cast(_NODES, time.dtype)
+
+    def combine(slopes, coefficients, h):
         return tuple(
-            x + ops.cast(h, x.dtype) * sum(c * s[i] for c, s in used) for i, x in enumerate(state)
+            ops.cast(h, k.dtype) * ops.tensordot(ops.cast(coefficients, k.dtype), k, axes=1)
+            for k in slopes
         )
 
     def advance(time, size, first, steps, *state):
         # `first` is the derivative where the last step ended.
         left = ops.abs(end - time)
         h = direction * ops.minimum(size, left)
-        slopes = [first]
-        for node, coefficients in zip(_NODES[1:], _STAGES[1:]):
-            proposal = combine(state, slopes, coefficients, h)
-            slopes.append(field(time + node * h, proposal))
-        nothing = tuple(ops.zeros_like(x) for x in state)
-        error = _error_norm(
-            combine(nothing, slopes, _ERRORS, h), state, proposal, tolerance, scales
-        )
+
+        def stage(i, done):
+            # A loop, so that a network is traced once and not six times.
+            slopes, _ = done
+            moves = combine(slopes, ops.take(ops.convert_to_tensor(_STAGES), i, axis=0), h)
+            proposal = tuple(x + move for x, move in zip(state, moves))
+            slope = field(time + nodes[i] * h, proposal)
+            put = zip(slopes, slope)
+            return tuple(_replace(k, i, value) for k, value in put), proposal
+
+        slopes = tuple(ops.stack([k] + 6 * [ops.zeros_like(k)]) for k in first)
+        slopes, proposal = ops.fori_loop(1, 7, stage, (slopes, state))
+        error = _error_norm(combine(slopes, _ERRORS, h), state, proposal, tolerance, scales)
         accepted = error <= 1.0  # not if it is NaN
         factor = 0.9 * ops.maximum(error, 1e-10) ** -0.2
         factor = ops.where(ops.isfinite(factor), ops.clip(factor, 0.2, 5.0), 0.2)
         done = ops.logical_and(accepted, size >= left)
         time = ops.where(done, ops.full_like(time, end), ops.where(accepted, time + h, time))
         state = tuple(ops.where(accepted, new, old) for new, old in zip(proposal, state))
-        first = tuple(ops.where(accepted, new, old) for new, old in zip(slopes[-1], first))
+        first = tuple(ops.where(accepted, k[6], old) for k, old in zip(slopes, first))
         size = ops.minimum(size, left) * ops.cast(factor, size.dtype)
         return (time, size, first, steps + 1, *state)
 
@@ -290,6 +299,11 @@ def integrate(field, state: tuple, start: float, end: float, tolerance, max_step
     loop = (time, size, tuple(field(time, state)), ops.zeros((), "int32"), *state)
     time, _, _, steps, *state = ops.while_loop(unfinished, advance, loop)
     return tuple(state), time, 1 + 6 * steps
+
+
+def _replace(stack, i, value):
+    """The stack with entry i replaced."""
+    return ops.slice_update(stack, (i,) + (0,) * len(value.shape), value[None])
 
 
 def _error_norm(errors, before, after, tolerance, scales):
@@ -321,7 +335,7 @@ def _total(values):
 
 def _check_prior(x_0: np.ndarray, log_snr: float, tolerance: float) -> None:
     """Refuses a process that has not become the prior where it ends."""
-    nats = float(ops.convert_to_numpy(ops.mean(_prior_at(ops.convert_to_tensor(x_0), log_snr))))
+    nats = float(ops.convert_to_numpy(ops.mean(prior_at(ops.convert_to_tensor(x_0), log_snr))))
     bits = nats / math.log(2.0)
     if bits > tolerance:
         raise ValueError(

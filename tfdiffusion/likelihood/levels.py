@@ -1,8 +1,8 @@
 """Noise levels: the ends of a process, and the way between the steps of a chain.
 
-What a denoiser knows depends on x_t through α and σ only, so bound and likelihood are written in one
-coordinate, the log-SNR λ = ln(α²/σ²), and hold for every process. Of a chain of T steps the network
-has seen T levels; its time input, and with it the network, is smooth between them.
+What a denoiser knows depends on x_t through α and σ only, so bound and likelihood are written in
+one coordinate, the log-SNR λ = ln(α²/σ²), and hold for every process. Of a chain of T steps the
+network has seen T levels; its time input, and with it the network, is smooth between them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pixels: the scale that 8-bit images live on, and Gaussians on such a scale.
 
-An image is a grid of whole numbers that the pipelines map to [−1, 1]. A model of densities becomes a
-model of images in one of two ways: its last Gaussian is integrated over the bin of each value
+An image is a grid of whole numbers that the pipelines map to [−1, 1]. A model of densities becomes
+a model of images in one of two ways: its last Gaussian is integrated over the bin of each value
 (DDPM, arXiv:2006.11239, eq. 13), or uniform noise fills the bins and the density of the sum bounds
 the probability of the image from below (Theis et al. 2016, arXiv:1511.01844, sec. 3.1).
 """
