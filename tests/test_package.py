@@ -46,7 +46,7 @@ TABLE = {
     "evaluation": {"data"},
     "data": set(),
     "plotting": set(),
-    "callbacks": {"evaluation", "plotting", "samplers"},
+    "callbacks": {"evaluation", "likelihood", "plotting", "samplers"},
     "convert": {"denoiser", "networks", "predictions", "processes", "training"},
     "export": {"denoiser", "samplers", "times", "training"},
     "models": {"networks", "training"},

@@ -8,6 +8,7 @@ from tfdiffusion.likelihood.bound import (
     Bound,
     bound,
     continuous_bound,
+    estimate,
     progressive_decoding,
     rate_distortion,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "ToleranceError",
     "bound",
     "continuous_bound",
+    "estimate",
     "log_likelihood",
     "progressive_decoding",
     "rate_distortion",

@@ -74,6 +74,16 @@ class Bound:
         """The bound of each image, (N,), in nats: at least −ln p(x_0) on average."""
         return self.total * self.dimension * math.log(2.0)
 
+    def by_time(self, bins: int = 50) -> tuple[np.ndarray, np.ndarray]:
+        """Where the bits of the steps are: (edges of equal parts of t, bits a dimension in each).
+
+        Returns:
+            edges (bins + 1,), bits (bins,), which sum to the mean of the steps.
+        """
+        weights = self.steps / len(self.steps)
+        bits, edges = np.histogram(self.times, bins, range=(0.0, 1.0 + 1e-9), weights=weights)
+        return edges, bits
+
     @property
     def mean(self) -> float:
         """Bits a dimension, averaged over the images."""
@@ -257,6 +267,40 @@ def continuous_bound(
         dimension=int(np.prod(x_0.shape[1:])),
         complete=False,
     )
+
+
+def estimate(
+    model,
+    x_0,
+    label=None,
+    *,
+    evaluations: int = 50,
+    pixels: Pixels | None = Pixels(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    batch_size: int = 128,
+) -> Bound:
+    """The bound that suits a model: of its T steps, or of infinitely many in continuous time.
+
+    Args:
+        model: see `bound`; so are the other arguments.
+        x_0: float (N, ...).
+        label: int (N,) or None.
+        evaluations: K noise levels an image.
+        pixels: the scale of the data, or None for points.
+        seed: of the noise.
+        batch_size: images at a time.
+
+    Returns:
+        A `Bound`, unbiased.
+
+    Raises:
+        TypeError: See `bound`.
+        ValueError: See `bound`.
+    """
+    denoiser = levels.of(model)
+    function = continuous_bound if denoiser.process.num_timesteps is None else bound
+    options = {"evaluations": evaluations, "pixels": pixels, "seed": seed, "batch_size": batch_size}
+    return function(denoiser, x_0, label, **options)
 
 
 # The terms, traceable: nats and squared errors, elementwise.

@@ -53,7 +53,7 @@ _STAGES = np.array(
 _ERRORS = np.array([71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40])
 
 
-class ToleranceError(ArithmeticError):
+class ToleranceError(RuntimeError):
     """The adaptive solver could not reach the end at the tolerance that was asked for."""
 
 
