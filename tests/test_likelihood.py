@@ -12,6 +12,7 @@ from oracles import DOUBLE, FLOAT, PUBLISHED, GaussianData, MixtureData, numpy
 from scipy import stats
 
 from tfdiffusion import DiffusionModel, exact, likelihood, networks, processes
+from tfdiffusion.callbacks import BitsPerDimension
 from tfdiffusion.denoiser import Clipped, Denoiser, NetworkDenoiser
 from tfdiffusion.likelihood import Pixels, levels
 from tfdiffusion.likelihood.bound import decoder_term, log_variances, prior_term, step_term
@@ -458,6 +459,19 @@ def test_bits_of_pixels_do_not_depend_on_their_scale():
     mass = np.diff(stats.norm(0.1, 0.2).cdf(np.concatenate([x - 1 / 255, x + 1 / 255], 1)))[:, 0]
     np.testing.assert_allclose(a.bits, -np.log2(mass), atol=0.05)
     assert a.draw_error < a.standard_error
+    # The noise of the first latent instead: close to the mass too, above it on average, and below
+    # the bound with which it shares that latent. VE starts at a noise of 2.5 bins.
+    coarse = exact.GaussianMixture([[0.1]], 0.04, process=processes.VarianceExploding(0.02, 50.0))
+    many = np.repeat(x, 4, axis=0).astype("float32")
+    flow = likelihood.log_likelihood(
+        coarse, many, divergence="exact", dequantization="decoder", batch_size=256
+    )
+    excess = flow.bits + np.repeat(np.log2(mass), 4)
+    assert flow.offset == 0 and abs(excess.mean()) < 0.02 + 3 * excess.std() / 16
+    bound = likelihood.continuous_bound(coarse, many, batch_size=256)
+    gap = bound.total - flow.bits
+    assert gap.mean() > -3 * gap.std() / 16
+    assert flow.latents.std() == pytest.approx(1.0, abs=0.2)
 
 
 def test_a_uniform_density_has_eight_bits():
@@ -549,9 +563,35 @@ def test_arguments():
         likelihood.bound(denoiser, x_0, pixels=None, evaluations=0)
     with pytest.raises(ValueError, match="Unknown divergence"):
         likelihood.log_likelihood(denoiser, x_0, divergence="hutchinson")
+    with pytest.raises(ValueError, match="Unknown dequantization"):
+        likelihood.log_likelihood(denoiser, x_0, dequantization="gaussian")
     with pytest.raises(ValueError, match="draws must be"):
         likelihood.log_likelihood(denoiser, x_0, pixels=None, draws=0)
     with pytest.raises(TypeError, match="Received int"):
         likelihood.bound(3, x_0)
     with pytest.raises(ValueError, match="times must fall"):
         likelihood.progressive_decoding(denoiser, x_0, [0.1, 0.5])
+
+
+def test_the_callback_writes_bits_into_the_history():
+    """The bound of the averaged weights, at the same noise every time."""
+    levels_ = np.random.default_rng(0).integers(0, 256, (16, 2))
+    x_0 = (levels_ / 127.5 - 1).astype("float32")
+    model = DiffusionModel(networks.MLP(width=8, depth=1), processes.LinearBeta(25), "v")
+    model.compile("adam")
+    measure = BitsPerDimension(x_0, every=2, evaluations=3)
+    history = model.fit(x_0, batch_size=16, epochs=2, verbose=0, callbacks=[measure]).history
+    expected = likelihood.bound(model, x_0, evaluations=3)
+    assert history["val_bits_per_dim"] == [pytest.approx(expected.mean, rel=1e-4)]
+
+
+def test_where_the_bits_are():
+    denoiser = gaussian(0.25, processes.LinearBeta(25))
+    result = likelihood.bound(denoiser, denoiser.draw(64)[0], pixels=None)
+    edges, bits = result.by_time(5)
+    assert edges.shape == (6,) and bits.sum() == pytest.approx(result.steps.sum(1).mean())
+    assert bits[0] == pytest.approx(result.steps[:, :4].sum(1).mean())  # t = 2/25 … 5/25
+    pixels = np.full((2, 1), -1.0, "float32")
+    chain = likelihood.estimate(denoiser, pixels, evaluations=3)
+    flow = likelihood.estimate(gaussian(0.25, "flow"), pixels, evaluations=3)
+    assert np.isfinite(chain.squared_error).all() and np.isnan(flow.squared_error[:, -1]).all()

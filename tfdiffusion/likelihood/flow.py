@@ -29,12 +29,14 @@ from tfdiffusion.likelihood.bound import (
     _at_least_one,
     _batches,
     _clean,
+    negative_log,
     prior_at,
     standard_error,
 )
 from tfdiffusion.likelihood.pixels import Pixels, as_float
 
 DIVERGENCES = ("rademacher", "gaussian", "exact")
+DEQUANTIZATIONS = ("uniform", "decoder")
 _DEQUANTIZATION, _PROBE = 0, 1
 
 # The pair of orders 5 and 4 of Dormand and Prince (1980); the last stage is the next step's first.
@@ -62,7 +64,8 @@ class LogLikelihood:
     """Log-likelihoods of N examples, one row a draw of dequantisation noise and probe.
 
     Attributes:
-        log_density: ln p in nats, (draws, N).
+        log_density: ln p in nats, (draws, N); of pixels with dequantization="decoder", a lower
+            bound of the logarithm of their probability.
         latents: where the flow takes the data, (draws, N, ...): N(0, I) under the model.
         evaluations: of the denoiser, by the solver, on average over batches.
         dimension: D, numbers in an example.
@@ -111,6 +114,7 @@ def log_likelihood(
     draws: int = 1,
     tolerance: float = 1e-4,
     pixels: Pixels | None = Pixels(),  # noqa: B008 (frozen)
+    dequantization: str = "uniform",
     seed: int = 0,
     batch_size: int = 64,
     max_steps: int = 500,
@@ -132,8 +136,11 @@ def log_likelihood(
         draws: how often to repeat with fresh probes and dequantisation noise.
         tolerance: of the solver's error a step, relative and absolute, in z and in ln p a
             dimension.
-        pixels: the scale of the data, whose bins are filled with uniform noise. None for points,
-            which are taken as they are.
+        pixels: the scale of the data. None for points, which are taken as they are.
+        dequantization: of pixels: "uniform" noise fills their bins, as papers report it; "decoder"
+            takes the Gaussian noise of the model's first latent instead and decodes it as
+            `continuous_bound` does, whose terms but for the steps it shares. A model whose least
+            noise is not far below a bin has many bits less that way.
         seed: of the noise; example n of draw m has its own.
         batch_size: examples at a time; they share the solver's steps, and each meets the tolerance.
         max_steps: of the solver, accepted or not.
@@ -151,6 +158,8 @@ def log_likelihood(
     """
     if divergence not in DIVERGENCES:
         raise _names.unknown("divergence", divergence, DIVERGENCES)
+    if dequantization not in DEQUANTIZATIONS:
+        raise _names.unknown("dequantization", dequantization, DEQUANTIZATIONS)
     if not tolerance >= 1e-7:
         raise ValueError(
             f"tolerance must be at least 1e-7, where float32 rounds. Received {tolerance}."
@@ -163,9 +172,18 @@ def log_likelihood(
     shape = x_0.shape[1:]
     dimension = int(np.prod(shape))
 
+    def dequantized(x_0, keys):
+        """A point y near x_0, and ln P(x_0 | y) − ln q(y | x_0), where it is not left to bins."""
+        if pixels is None:
+            return x_0, 0.0
+        if dequantization == "uniform":
+            return pixels.dequantize(x_0, keys), 0.0
+        noise = random.normal(keys, shape)
+        y = x_0 + math.exp(-0.5 * start) * noise
+        return y, _total(negative_log(y, x_0, -start, None) - negative_log(x_0, y, -start, pixels))
+
     def run(x_0, keys, *label):
-        if pixels is not None:
-            x_0 = pixels.dequantize(x_0, random.fold_in(keys, _DEQUANTIZATION))
+        y, gained = dequantized(x_0, random.fold_in(keys, _DEQUANTIZATION))
         probe = _probes(divergence, random.fold_in(keys, _PROBE), shape)
 
         def field(log_snr, state):
@@ -173,13 +191,13 @@ def log_likelihood(
 
         # The data are y = x/α, and z = √sigmoid(λ) y.
         log_scale = -0.5 * math.log1p(math.exp(-start))
-        state = (math.exp(log_scale) * x_0, ops.zeros_like(x_0[(slice(None),) + (0,) * len(shape)]))
+        state = (math.exp(log_scale) * y, ops.zeros_like(x_0[(slice(None),) + (0,) * len(shape)]))
         (z, spread), reached, evaluations = integrate(
             field, state, start, end, tolerance, max_steps, scales=(1.0, float(dimension))
         )
         axes = tuple(range(1, len(x_0.shape)))
         log_prior = -0.5 * ops.sum(ops.square(z) + math.log(2.0 * math.pi), axis=axes)
-        return log_prior + spread + dimension * log_scale, z, reached, evaluations
+        return log_prior + spread + dimension * log_scale + gained, z, reached, evaluations
 
     run = _backend.compiled(run, denoiser.variables)
     densities, latents, evaluations = [], [], []
@@ -198,7 +216,7 @@ def log_likelihood(
         latents=np.stack(latents),
         evaluations=float(np.mean(evaluations)),
         dimension=dimension,
-        offset=0.0 if pixels is None else pixels.offset,
+        offset=pixels.offset if pixels is not None and dequantization == "uniform" else 0.0,
     )
 
 
