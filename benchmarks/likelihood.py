@@ -7,8 +7,8 @@ prints a Markdown table: the variational bound and the probability-flow likeliho
 with their standard errors over images; a Gaussian with full covariance and a mixture of ten, fitted
 with scikit-learn to the training images with the same dequantisation noise; PNG and xz; and what
 papers report, each with its source. Columns: the bound (or the size of a file), the likelihood with
-uniform dequantisation, and with the decoder's. `--train N` first trains a VDM and a hybrid improved-DDPM model
-for N steps each. All rows count the same pixels.
+uniform dequantisation, and with the decoder's. `--train N` first trains a VDM and a hybrid
+improved-DDPM model for N steps each. All rows count the same pixels.
 """
 
 from __future__ import annotations

@@ -238,6 +238,40 @@ def test_a_subset_of_the_steps_is_unbiased():
     assert abs(whole.mean - part.mean) < 3 * error < 0.5
 
 
+def test_a_strided_chain_is_a_chain():
+    """Pitfall 12: the moments are those of the kept steps, so no bits are lost by an off-by-one."""
+    denoiser, count = gaussian(0.25, "linear"), 4000
+    alphas, sigmas = PUBLISHED["linear"](np.arange(1001) / 1000)
+    spread = alphas**2 * 0.25 + sigmas**2
+
+    def reverse(x_t, t, s):
+        tables = [ops.convert_to_tensor(v.astype(FLOAT)) for v in (alphas, sigmas, spread)]
+        index = [ops.cast(ops.round(i * 1000.0), "int32") for i in (t, 0.0 * t if s is None else s)]
+        (a_t, a_s), (b_t, b_s), (v_t, v_s) = ([ops.take(v, i) for i in index] for v in tables)
+        return v_s * (b_t**2 - (a_t / a_s * b_s) ** 2) / v_t
+
+    x_0 = denoiser.draw(count)[0]
+    result = likelihood.bound(
+        denoiser, x_0, pixels=None, steps=7, variance=reverse, batch_size=count
+    )
+    np.testing.assert_allclose(result.times[0], np.rint(np.arange(2, 8) / 7 * 1000) / 1000)
+    excess = result.nats + stats.norm(0, 0.5).logpdf(x_0[:, 0])
+    assert abs(excess.mean()) < 3 * excess.std() / np.sqrt(count) < 0.1
+
+
+def test_zero_terminal_snr():
+    """Pitfall 15: λ = −∞ at the last step, where the prior term is exactly 0."""
+    chain = processes.zero_terminal_snr(processes.LinearBeta(30))
+    denoiser = gaussian(0.25, chain)
+    x_0 = denoiser.draw(64)[0]
+    result = likelihood.bound(denoiser, x_0, pixels=None, variance="beta")
+    assert np.isfinite(result.total).all() and result.prior.max() == 0
+    flow = likelihood.log_likelihood(denoiser, x_0, pixels=None, divergence="exact")
+    noise = float(numpy(chain.sigma(1 / 30) / chain.alpha(1 / 30)))
+    expected = stats.norm(0, math.sqrt(0.25 + noise**2)).logpdf(x_0[:, 0])
+    np.testing.assert_allclose(flow.log_density[0], expected, atol=0.01)
+
+
 def test_an_image_has_its_bound_in_any_batch():
     denoiser = exact.GaussianMixture([[0.3, -0.2]], 0.2, process=processes.LinearBeta(30))
     x_0 = np.linspace(-1, 1, 256, dtype="float32")[np.arange(10).reshape(5, 2) * 20]

@@ -49,7 +49,7 @@ TABLE = {
     "callbacks": {"evaluation", "likelihood", "plotting", "samplers"},
     "convert": {"denoiser", "networks", "predictions", "processes", "training"},
     "export": {"denoiser", "samplers", "times", "training"},
-    "models": {"networks", "training"},
+    "models": {"networks", "training", "variational"},
     "runs": {"callbacks", "data", "export", "plotting", "training"},
     "_arguments": {"models"},
     "cli": None,  # everything
