@@ -322,7 +322,7 @@ class MonotoneSchedule(keras.layers.Layer):
 
 
 class LearnedSchedule(Process):
-    """Variance preserving with a learned log-SNR: α² = sigmoid(−γ), σ² = sigmoid(γ) (VDM, eq. 3).
+    """Variance preserving with a learned log-SNR: α² = sigmoid(−γ), σ² = sigmoid(γ) (VDM, sec. 3.2).
 
     Gradients reach the ends of γ only: between them the bound does not depend on the schedule
     (VDM, sec. 5.1), and what little one draw of t would say about it is noise.
@@ -446,7 +446,7 @@ class VariationalDiffusionModel(DiffusionModel):
         return _BITS * losses + (variance - ops.stop_gradient(variance))
 
     def _decoder(self, x_0, gamma, keys):
-        """−ln p(x_0 | x_{t=0}), which needs no network (eq. 14)."""
+        """−ln p(x_0 | x_{t=0}), which needs no network: VDM decodes z_0 alone."""
         noise = random.normal(random.fold_in(keys, _DECODER), x_0.shape[1:])
         return _mean(negative_log(x_0, x_0 + ops.exp(0.5 * gamma) * noise, gamma, self._pixels))
 
@@ -479,7 +479,7 @@ class VariationalDiffusionModel(DiffusionModel):
 
 @_register
 class WithFourierFeatures(keras.layers.Layer):
-    """Gives a network sin and cos of its input, too: fine detail for the last bits (VDM, app. C).
+    """Gives a network sin and cos of its input, too: fine detail for the last bits (VDM).
 
     The channels x are joined by sin(2ⁿ π x) and cos(2ⁿ π x).
 

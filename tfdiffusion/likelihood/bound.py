@@ -13,7 +13,7 @@ dot, so its term is, with q's variance β̃ and p's variance v,
     KL = ½ (β̃/v − 1 − ln(β̃/v) + c_0² ‖x_0 − x̂_0‖² / v)    a dimension.
 
 In the limit of many steps the sum is an integral over the log-SNR λ = ln(α²/σ²), whatever the
-schedule (VDM, arXiv:2107.00630, eq. 17-18): ½ ∫ E‖ε − ε̂‖² dλ.
+schedule (VDM, arXiv:2107.00630, eq. 17): ½ ∫ E‖ε − ε̂‖² dλ.
 """
 
 from __future__ import annotations
@@ -201,14 +201,14 @@ def continuous_bound(
     seed: int = 0,
     batch_size: int = 128,
 ) -> Bound:
-    """The bound of infinitely many steps (VDM, arXiv:2107.00630, eq. 12 and 17).
+    """The bound of infinitely many steps (VDM, arXiv:2107.00630, eq. 17).
 
     The noise levels are drawn evenly over λ, spread over the range with a random offset an image,
     so that each contributes ½ Λ ‖ε − ε̂‖² with Λ the length of the range: of all schedules this
     one asks nothing of the process. A chain is taken between its steps too.
 
     The decoder reads the first latent without a network, p(x_0 | x_{t_1}) ∝ q(x_{t_1} | x_0):
-    VDM, eq. 14.
+    VDM, sec. 3.3.
 
     Args:
         model: a `DiffusionModel` or any denoiser.
