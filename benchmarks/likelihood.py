@@ -8,7 +8,7 @@ with their standard errors over images; a Gaussian with full covariance and a mi
 with scikit-learn to the training images with the same dequantisation noise; PNG and xz; and what
 papers report, each with its source. Columns: the bound (or the size of a file), the likelihood with
 uniform dequantisation, and with the decoder's. `--train N` first trains a VDM and a hybrid
-improved-DDPM model for N steps each. All rows count the same pixels.
+improved-DDPM model (or those of `--kind`) for N steps each. All rows count the same pixels.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def trained(args, train: np.ndarray) -> dict:
     hybrid = variational.LearnedVarianceModel(
         wide, "cosine", "v", times="stratified", levels=args.levels
     )
-    made = {"VDM": vdm, "improved DDPM, hybrid": hybrid}
+    keras.utils.set_random_seed(args.seed)
+    made = {"vdm": ("VDM", vdm), "hybrid": ("improved DDPM, hybrid", hybrid)}
+    made = dict(made[kind] for kind in args.kind)
     for name, model in made.items():
         rate = keras.optimizers.schedules.CosineDecay(1e-3, args.train, alpha=0.02)
         model.compile(keras.optimizers.Adam(rate, clipnorm=1.0))
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--data-dir")
     parser.add_argument("--model", nargs="*", default=[], help="files, run folders or names")
     parser.add_argument("--train", type=int, metavar="STEPS", help="train models for likelihood")
+    parser.add_argument("--kind", nargs="*", default=["vdm", "hybrid"], help="of them")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num", type=int, default=200, help="held-out images")
     parser.add_argument("--ode", type=int, default=200, help="of them for the ODE")
@@ -182,7 +185,7 @@ def main() -> None:
     print(f"{len(train[0]):,} images to train on, {len(test[0])} held out", flush=True)
     whole = np.rint((test[0] - pixels.low) / pixels.width).astype("uint8")
     rows, curves = [], {}
-    ours = {name: tfd.models.load(name) for name in args.model}
+    ours = {Path(name).stem: tfd.models.load(name) for name in args.model}
     ours |= trained(args, train[0]) if args.train else {}
     for name, model in ours.items():
         rows.append(measured(args, name, model, test, pixels, curves))

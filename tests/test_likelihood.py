@@ -359,7 +359,9 @@ def test_the_flow_recovers_a_gaussian():
     )
 
 
-@pytest.mark.parametrize("divergence", ["rademacher", "gaussian"])
+@pytest.mark.parametrize(
+    "divergence", [pytest.param("rademacher", marks=pytest.mark.slow), "gaussian"]
+)
 def test_probes_are_unbiased(divergence):
     distribution = stats.multivariate_normal(MEAN, COVARIANCE)
     x_0 = np.repeat(distribution.rvs(1, random_state=3)[None].astype("float32"), 600, axis=0)
@@ -402,6 +404,7 @@ def test_the_same_model_has_one_likelihood_in_all_coordinates():
     np.testing.assert_allclose(found[2], found[0], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_flow_is_the_one_of_the_velocity():
     """In the process's own time and scale, by another solver: SciPy's, on `Denoiser.velocity`."""
     from scipy.integrate import solve_ivp
@@ -430,7 +433,7 @@ def test_the_flow_is_the_one_of_the_velocity():
     np.testing.assert_allclose(result.log_density[0], expected, atol=3e-3 if DOUBLE else 0.05)
 
 
-@pytest.mark.parametrize("chain", ["cosine", "ladder"])
+@pytest.mark.parametrize("chain", ["cosine", pytest.param("ladder", marks=pytest.mark.slow)])
 def test_a_chain_is_taken_between_its_steps(chain):
     """Diffusion and score models of T levels; the data are blurred by the least of them."""
     if chain == "cosine":
@@ -528,14 +531,24 @@ def test_a_network_with_labels():
     model.build((None, 2))
     for i, weight in enumerate(network.trainable_weights):
         weight.assign(0.2 * np.random.default_rng(i).standard_normal(weight.shape))
-    x_0 = np.zeros((2, 2), "float32")
-    first, second = (likelihood.bound(model, x_0, np.full(2, k), pixels=None).total for k in (0, 1))
-    assert abs(first - second).max() > 1e-3
-    flows = [
-        likelihood.log_likelihood(model, x_0, np.full(2, k), pixels=None, prior_tolerance=1.0)
-        for k in (0, 1)
+    # Two rows with one image and one key each: only the label tells them apart.
+    x_0, label = np.zeros((2, 2), "float32"), np.array([0, 1])
+    terms = [
+        numpy(
+            step_term(
+                model.denoiser(), x_0, x_0, *(np.full(2, t, FLOAT) for t in (0.8, 0.4)), label=y
+            )[0]
+        )
+        for y in (label, label[::-1].copy())
     ]
-    assert abs(flows[0].log_density - flows[1].log_density).max() > 1e-3
+    np.testing.assert_allclose(terms[0], terms[1][::-1], rtol=1e-4)
+    assert abs(terms[0][0] - terms[0][1]).max() > 1e-5
+    bound = likelihood.bound(model, x_0, label, pixels=None)
+    assert np.isfinite(bound.total).all()
+    flow = likelihood.log_likelihood(
+        model, x_0, label, pixels=None, prior_tolerance=1.0, divergence="exact"
+    )
+    assert abs(np.diff(flow.log_density)).max() > 1e-4
     assert isinstance(levels.of(model), NetworkDenoiser)
 
 

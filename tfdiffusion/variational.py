@@ -322,7 +322,7 @@ class MonotoneSchedule(keras.layers.Layer):
 
 
 class LearnedSchedule(Process):
-    """Variance preserving with a learned log-SNR: α² = sigmoid(−γ), σ² = sigmoid(γ) (VDM, sec. 3.2).
+    """Variance preserving with a learned log-SNR: α² = sigmoid(−γ), σ² = sigmoid(γ) (VDM, 3.2).
 
     Gradients reach the ends of γ only: between them the bound does not depend on the schedule
     (VDM, sec. 5.1), and what little one draw of t would say about it is noise.
