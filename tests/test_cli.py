@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import tfdiffusion as tfd
-from tfdiffusion import _arguments, _names, callbacks, cli, models, networks, runs
+from tfdiffusion import _arguments, _names, callbacks, cli, fitting, models, networks, runs
 
 ROOT = Path(__file__).parent.parent
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -279,7 +279,11 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
         (["train", "--data", "./nowhere"], "Folder 'nowhere' does not exist"),
         (["train", "--data", "digit"], "Did you mean 'digits'"),
         (["train", "--data", "swiss_roll"], "points, not images"),
-        (["train", "--out", "full"], "pass --overwrite"),
+        (
+            ["train", "--out", "full"],
+            "pass --resume to go on with the run that is in it, or --overwr",
+        ),
+        (["train", "--resume", "--overwrite"], "not allowed with argument"),
         (["train", "--out", "file"], "is a file"),
         (["train", "--out", "file/run"], "lies below"),
     ],
@@ -313,7 +317,7 @@ def test_folders_that_cannot_be_trained_on(photos, monkeypatch, capsys):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (MemoryError(), "Use a smaller --batch-size"),
-        (callbacks.NotFiniteError("The loss became nan at step 3."), "a smaller --learning-rate"),
+        (fitting.NotFiniteError(fitting._FAULTS[4]), "infinite. Use a smaller --learning-rate."),
     ],
     ids=["disk", "memory", "nan"],
 )

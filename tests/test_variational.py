@@ -232,6 +232,8 @@ def test_a_learned_variance_in_sampler_wrappers_and_errors():
         LearnedVarianceDenoiser(Knows(1.0), "linear").predict(x_t, np.float32(0.5))
     with pytest.raises(ValueError, match="gamma_min < gamma_max"):
         VariationalDiffusionModel(TwoHeads(), gamma_min=1.0, gamma_max=-1.0)
+    with pytest.raises(ValueError, match="learns its process"):
+        VariationalDiffusionModel(TwoHeads(), weight="snr")
 
 
 # Variational diffusion models.

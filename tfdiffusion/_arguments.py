@@ -36,7 +36,8 @@ Train a model and leave a folder with everything one wants of it:
   saved_model/    the whole sampler for TensorFlow Serving and tf.saved_model.load
   run.json        the arguments and versions
 
-Ctrl-C stops the training and keeps the model as it is then.
+Ctrl-C stops the training and keeps the model as it is then; `--resume` goes on from there, or from
+the last of the checkpoints that are saved every minute, as if it had never stopped.
 """
 
 _TRAIN_EXAMPLES = """\
@@ -44,6 +45,7 @@ examples:
   tfdiffusion train
   tfdiffusion train --data mnist --steps 6000
   tfdiffusion train --data photos/ --image-size 64 --unconditional --flip --out runs/photos
+  tfdiffusion train --resume --out runs/photos
   tfdiffusion train --data cifar10 --size base --epochs 300 --mixed-precision   (on a GPU)
 """
 
@@ -120,6 +122,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             commands[args.command].error(f"unexpected argument {extra[0]!r}")
         known = commands[args.command]._option_string_actions
         raise UsageError(_unknown("option", extra[0].split("=")[0], known))
+    words = {word.split("=")[0] for word in argv}
+    options = commands[args.command]._option_string_actions
+    # Which options were given, by their names in the namespace: {"steps": "--steps"}.
+    args.given = {action.dest: name for name, action in options.items() if name in words}
     return args
 
 
@@ -253,8 +259,22 @@ def _train_parser(commands: Any) -> _Parser:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="DIR", help="run folder (default: runs/ and the data)")
-    output.add_argument(
+    kept = output.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the folder, with the options it was begun with (a new run if "
+        "there is none)",
+    )
+    kept.add_argument(
         "--overwrite", action="store_true", help="delete the run that is in the folder first"
+    )
+    output.add_argument(
+        "--checkpoint-every",
+        type=_positive,
+        default=60.0,
+        metavar="SECONDS",
+        help="save the model this often (default: 60)",
     )
     output.add_argument(
         "--no-export", dest="export", action="store_false", help="leave the SavedModel out"

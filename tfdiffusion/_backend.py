@@ -6,6 +6,7 @@ training step, compilation of a function that reads variables, a derivative, the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -51,14 +52,26 @@ class _TensorFlowStep:
         import tensorflow as tf
 
         self._ensure_built(data)
+        fault = self.fault_of(data)
         updates_before = ops.add(self.optimizer.iterations, 0)
         with tf.GradientTape() as tape:
             loss = self.mean_loss(data, training=True)
             scaled_loss = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled_loss, self.trainable_weights)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights))
+        # A table looked up twice has a gradient in two slices. Keras squares each of them where
+        # Adam wants the square of their sum.
+        gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
+        fault = self.fault_of_update(fault, loss, gradients)
+
+        def descend():
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_weights))
+
+        if tf.distribute.has_strategy():  # replicas meet in there, which they can't in a branch
+            descend()
+        else:
+            tf.cond(tf.equal(fault, 0), descend, lambda: None)
         self.after_update(moved=self.optimizer.iterations > updates_before)
-        self.loss_tracker.update_state(loss)
+        self.loss_tracker.update_state(loss, fault)
         return {"loss": self.loss_tracker.result()}
 
     def test_step(self, data):
@@ -100,9 +113,12 @@ class _JAXStep:
             trainable
         )
         with substituted(fixed):
+            fault = self.fault_of_update(self.fault_of(data), loss, gradients)
             updates_before = ops.add(self.optimizer.iterations, 0)
-        trainable, optimizer_state = self.optimizer.stateless_apply(
-            optimizer_state, gradients, trainable
+        before = trainable, optimizer_state
+        after = self.optimizer.stateless_apply(optimizer_state, gradients, trainable)
+        trainable, optimizer_state = jax.tree.map(
+            lambda new, old: jax.numpy.where(fault == 0, new, old), tuple(map(list, after)), before
         )
         pairs = [
             *zip(self.trainable_variables, trainable),
@@ -112,7 +128,7 @@ class _JAXStep:
         ]
         with substituted(pairs) as scope:
             self.after_update(moved=self.optimizer.iterations > updates_before)
-            self.loss_tracker.update_state(loss)
+            self.loss_tracker.update_state(loss, fault)
             logs = {"loss": self.loss_tracker.result()}
         return logs, (
             trainable,
@@ -135,8 +151,9 @@ class _JAXStep:
         return logs, (trainable, non_trainable, metrics_state)
 
 
-# A model mixes this in and gives `mean_loss(data, training)`, `after_update(moved)`,
-# `evaluate_batch(data)` and `loss_tracker`; the optimizer's step is then the backend's.
+# A model mixes this in and gives `mean_loss(data, training)`, `evaluate_batch(data)`,
+# `after_update(moved)`, `loss_tracker`, and why a batch must be refused: `fault_of(data)` and
+# `fault_of_update(fault, loss, gradients)`. The optimizer's step is then the backend's.
 TrainStep = _JAXStep if BACKEND == "jax" else _TensorFlowStep
 
 
@@ -237,6 +254,18 @@ def is_traced(tensor) -> bool:
     import jax
 
     return isinstance(tensor, jax.core.Tracer)
+
+
+def scope(model):
+    """Context in which variables of a model are made where its distribution strategy wants them."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def synchronize(model) -> None:
+    """Brings the variables of a model in `fit` up to date: JAX's trainer holds their values."""
+    if BACKEND == "jax":
+        model.jax_state_sync()
 
 
 def replica_id():

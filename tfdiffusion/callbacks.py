@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
 
-
-def save_atomically(model: keras.Model, path: str | os.PathLike) -> None:
-    """Saves a model aside and renames it: a reader finds the old file or the new one, complete.
-
-    Args:
-        model: any Keras model.
-        path: of a `.keras` file, in a folder that exists.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.keras")
-    try:
-        model.save(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+from tfdiffusion import checkpoints
 
 
 class _Periodic(keras.callbacks.Callback):
@@ -45,21 +31,55 @@ class _Periodic(keras.callbacks.Callback):
             self.last = time.monotonic()
 
 
-class Checkpoint(_Periodic):
-    """Saves the model every few minutes of training.
+class Stopped(Exception):
+    """`Checkpoint.stop` was called, and the checkpoint is saved."""
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Saves the model every few minutes of training, and whenever it is asked to stop.
+
+    It saves between two steps. To go on: load the file with `keras.models.load_model`, which brings
+    the optimizer and the averages back too, and call `fit` with data that begin where this stopped:
+
+        model = keras.models.load_model("model.keras")
+        batches = data.batches(64, seed=1, from_step=model.steps_done)
+        model.fit(batches, epochs=10, steps_per_epoch=500, initial_epoch=model.steps_done // 500)
 
     Args:
-        path: of a `.keras` file, replaced each time.
+        path: of a `.keras` file, replaced each time; see `tfdiffusion.checkpoints`.
         seconds: between two savings.
+        notes: called for what to note beside the model.
+
+    Raises:
+        OSError: From `fit`, if the file cannot be written; the one before is still there.
+        Stopped: From `fit`, after `stop`.
     """
 
-    def __init__(self, path: str | os.PathLike, seconds: float = 300.0):
-        super().__init__(seconds)
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        seconds: float = 300.0,
+        notes: Callable[[], dict] | None = None,
+    ):
+        super().__init__()
+        self.path, self.seconds, self.notes = Path(path), seconds, notes
+        self.saved_at, self.stopping = time.monotonic(), False
 
-    def act(self):
+    def on_train_batch_begin(self, batch, logs=None):
+        """Saves if it is time: here the step before, and all that belonged to it, is done."""
+        if self.stopping or time.monotonic() - self.saved_at >= self.seconds:
+            self.save()
+        if self.stopping:
+            raise Stopped
+
+    def save(self) -> None:
         """Saves."""
-        save_atomically(self.model, self.path)
+        checkpoints.save(self.model, self.path, None if self.notes is None else self.notes())
+        self.saved_at = time.monotonic()
+
+    def stop(self) -> None:
+        """Lets the step that runs be the last; for signal handlers and other threads."""
+        self.stopping = True
 
 
 class SampleGrid(_Periodic):
@@ -142,25 +162,18 @@ class StopAtStep(keras.callbacks.Callback):
 
     Args:
         steps: batches to train on, at least 1.
+        done: how many of them are done.
     """
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, done: int = 0):
         super().__init__()
-        self.steps, self.done = steps, 0
+        self.steps, self.done = steps, done
 
     def on_train_batch_end(self, batch, logs=None):
         """Counts, and stops at the last."""
         self.done += 1
         if self.done >= self.steps:
             self.model.stop_training = True
-
-    def stop(self) -> None:
-        """Lets the step that runs be the last."""
-        self.steps = 0
-
-
-class NotFiniteError(ArithmeticError):
-    """The loss became NaN or infinite."""
 
 
 class Progress(keras.callbacks.Callback):
@@ -169,19 +182,17 @@ class Progress(keras.callbacks.Callback):
     Args:
         steps: batches that will be trained on.
         seconds: between two lines where there is no terminal.
-
-    Raises:
-        NotFiniteError: From `fit`, when the loss is NaN or infinite.
+        done: how many were trained on before.
     """
 
-    def __init__(self, steps: int, seconds: float = 10.0):
+    def __init__(self, steps: int, seconds: float = 10.0, done: int = 0):
         super().__init__()
-        self.steps, self.seconds, self.done = steps, seconds, 0
+        self.steps, self.seconds, self.done, self.first = steps, seconds, done, done + 1
+        self.shown_at, self.spent = time.monotonic(), 0.0
         self.bar = _bar(steps) if sys.stderr.isatty() else None
 
     def on_train_begin(self, logs=None):
         """Shows that the first step has begun, which takes far longer than the others."""
-        self.shown_at, self.spent = time.monotonic(), 0.0
         if self.bar is not None:
             self.bar.start()
 
@@ -193,24 +204,23 @@ class Progress(keras.callbacks.Callback):
         """Moves the bar, or writes a line if it is time."""
         self.done += 1
         now, loss = time.monotonic(), float(logs["loss"])
-        if not math.isfinite(loss):
-            raise NotFiniteError(f"The loss became {loss} at step {self.done}.")
         left = "?"
-        if self.done > 1:  # the first step compiles, so it says nothing about the pace
+        if self.done > self.first:  # the first step compiles, so it says nothing about the pace
             self.spent += now - self.begun_at
-            left = clock(self.spent / (self.done - 1) * (self.steps - self.done))
+            left = clock(self.spent / (self.done - self.first) * (self.steps - self.done))
         if self.bar is not None:
             (task,) = self.bar.task_ids
             shown = {"loss": f"{loss:.4f}", "left": left}
             self.bar.update(task, description="training", completed=self.done, **shown)
-        elif now - self.shown_at >= self.seconds or self.done in (1, self.steps):
+        elif now - self.shown_at >= self.seconds or self.done in (self.first, self.steps):
             line = f"step {self.done}/{self.steps}, loss {loss:.4f}, {left} left"
             print(line, file=sys.stderr, flush=True)
             self.shown_at = now
 
     def on_train_end(self, logs=None):
-        """Leaves the full bar."""
-        self.close()
+        """Leaves the full bar, or waits for the next `fit` of the same training."""
+        if self.done >= self.steps or self.model.stop_training:
+            self.close()
 
     def close(self) -> None:
         """Gives the terminal back; also after an exception in `fit`, which skips `on_train_end`."""

@@ -2,7 +2,8 @@
 
 What a person can get wrong is told in one line on stderr, before any work starts where it can be
 known by then. Exit codes: 0 done, 1 it could not be done, 2 an argument is wrong, 130 stopped with
-Ctrl-C. Help needs no Keras and comes at once; everything heavy is imported inside the commands.
+Ctrl-C, 143 with SIGTERM. Help needs no Keras and comes at once; everything heavy is imported
+inside the commands.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _FLAGS = {
     r"\bprediction=": "--prediction ",
     r"\bsteps=": "--steps ",
     r"\boverwrite=True\b": "--overwrite",
+    r"\ba smaller learning rate, or clip gradients: .*clipnorm=1\.0\)": "a smaller --learning-rate",
 }
 
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, by default those of the process.
 
     Returns:
-        The exit code: 0 done, 1 it could not be done, 2 an argument is wrong, 130 interrupted.
+        The exit code: 0 done, 1 it could not be done, 2 an argument is wrong, 130 or 143 stopped.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
@@ -65,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"{command}: error: {failure}", file=sys.stderr)
         return failure.code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped) as error:
         print(f"{command}: stopped", file=sys.stderr)
-        return 130
+        return getattr(error, "code", 130)
     return 0
 
 
@@ -184,9 +186,26 @@ def _say(text: str) -> None:
 # -------------------------------------------------------------------------------------- commands
 
 
+# Options of `train` that say where and how to work, not what to train.
+_ANY_TIME = (
+    "out",
+    "data_dir",
+    "export",
+    "resume",
+    "overwrite",
+    "checkpoint_every",
+    "debug",
+    "help",
+)
+
+
 def _train(args: argparse.Namespace) -> None:
     folder = Path(args.out or Path("runs", _run_name(args.data))).expanduser()
-    _check_run_folder(folder, args.overwrite)
+    begun = _begun(folder) if args.resume else None
+    if begun is None:
+        _check_run_folder(folder, args.overwrite)
+    else:
+        _take_over(args, begun, folder)
     _start(args.debug)
     import keras
 
@@ -197,21 +216,27 @@ def _train(args: argparse.Namespace) -> None:
     with _quietly(args.debug):  # on JAX, this is where Keras imports TensorFlow
         keras.utils.set_random_seed(args.seed)
     examples = _read(args)
-    with _told(UsageError):
-        model = _model(args, examples)
     train, held_out = runs.hold_out(examples, args.seed)
-    run = runs.Run(
-        folder,
-        model,
-        train,
-        held_out,
-        steps=_steps(args, train.num_examples),
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        flip=args.flip,
-        seed=args.seed,
-        arguments={k: v for k, v in vars(args).items() if k not in ("command", "debug")},
-    )
+    if begun is not None:
+        with _told(UsageError):
+            run = runs.Run.resume(folder, train, held_out)
+        run.checkpoint_seconds = args.checkpoint_every
+    else:
+        with _told(UsageError):
+            model = _model(args, examples)
+        run = runs.Run(
+            folder,
+            model,
+            train,
+            held_out,
+            steps=_steps(args, train.num_examples),
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            flip=args.flip,
+            seed=args.seed,
+            checkpoint_seconds=args.checkpoint_every,
+            arguments={k: v for k, v in vars(args).items() if k not in _NOT_NOTED},
+        )
     if args.overwrite:
         runs.clear(folder)
     with _work():
@@ -219,32 +244,66 @@ def _train(args: argparse.Namespace) -> None:
         _finish(run, args.export)
 
 
+_NOT_NOTED = ("command", "debug", "given", "resume", "overwrite")
+
+
+def _begun(folder: Path) -> dict | None:
+    """The arguments of the run in a folder, or None if there is none."""
+    from tfdiffusion import checkpoints
+
+    file = folder / "model.keras"
+    with _told(Failure):
+        notes = checkpoints.notes(file)
+    if notes is None and file.exists():
+        raise UsageError(f"--resume: {str(file)!r} was not left by a training that can go on.")
+    if notes is None:
+        _say(f"Nothing to resume in {folder}: a new run.")
+        return None
+    return notes["arguments"]
+
+
+def _take_over(args: argparse.Namespace, begun: dict, folder: Path) -> None:
+    """Sets the arguments to those of the run that is resumed, unless one contradicts them."""
+    for name, option in args.given.items():
+        if name not in _ANY_TIME and getattr(args, name) != begun.get(name):
+            raise UsageError(
+                f"{option} {getattr(args, name)}: the run in {folder} was begun with "
+                f"{begun.get(name)}. Leave {option} out to go on with it, or name another --out."
+            )
+    for name, value in begun.items():
+        if name not in _ANY_TIME or (name == "data_dir" and args.data_dir is None):
+            setattr(args, name, value)
+
+
 def _fit(run: Any) -> None:
-    from tfdiffusion.callbacks import NotFiniteError, clock
+    from tfdiffusion.callbacks import clock
+    from tfdiffusion.fitting import NotFiniteError
 
     held_out = "" if run.held_out is None else f", {run.held_out.num_examples} held out"
     size = "x".join(map(str, run.examples.shape))
     classes = run.model.num_classes
+    begun = f", {run.done} of them done" if run.done else ""
     _say(
         f"{run.examples.num_examples} images of {size} to train on{held_out}; "
         f"{'no classes' if classes is None else f'{classes} classes'}; network of "
-        f"{run.model.network.count_params():,} weights; {run.steps} steps of {run.batch_size}."
+        f"{run.model.network.count_params():,} weights; {run.steps} steps of {run.batch_size}"
+        f"{begun}."
     )
     try:
-        with _ctrl_c(run.stop):
+        with _stopping(run.stop) as stopped:
             run.fit()
-    except (NotFiniteError, KeyboardInterrupt) as error:
+    except (NotFiniteError, ValueError, KeyboardInterrupt) as error:
         with contextlib.suppress(OSError):
-            run.folder.rmdir()  # nothing is in it, unless the training was long
+            run.folder.rmdir()  # unless there is a checkpoint in it
         if isinstance(error, KeyboardInterrupt):
             raise
-        rate = f"Use a smaller --learning-rate than {run.learning_rate:g}."
-        raise Failure(f"{error} {rate}") from error
+        raise Failure(_one_line(error)) from error
     if run.done < run.steps:
-        run.save()
+        run.write_records()
         _say(f"Stopped after {run.done} of {run.steps} steps. The model as it is now:")
         print(run.folder / "model.keras", flush=True)
-        raise KeyboardInterrupt
+        _say(f"Go on with: tfdiffusion train --resume --out {shlex.quote(str(run.folder))}")
+        raise Stopped(*stopped)
     run.save()
     losses = [f"loss {run.history['loss'][-1]:.4f}"]
     if run.history.get("val_loss"):
@@ -252,23 +311,38 @@ def _fit(run: Any) -> None:
     _say(f"Trained in {clock(run.seconds)}: {', '.join(losses)}. Drawing ...")
 
 
+class Stopped(Exception):
+    """A signal ended the work in good order."""
+
+    def __init__(self, number: int = signal.SIGINT):
+        super().__init__(number)
+        self.code = 128 + number
+
+
 @contextlib.contextmanager
-def _ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
-    """Makes the first Ctrl-C call `stop`, and the second one stop at once."""
+def _stopping(stop: Callable[[], None]) -> Iterator[list[int]]:
+    """Makes the first Ctrl-C or SIGTERM call `stop`, and the next one stop at once."""
+    stopped: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stopped
         return
 
     def handle(number, frame):
-        signal.signal(signal.SIGINT, before)
-        _say("\nStopping after this step. Ctrl-C again stops at once, and this run is not saved.")
+        stopped.append(number)
+        restore()
+        _say("\nStopping after this step. Once more stops at once, and keeps the last checkpoint.")
         stop()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     try:
-        yield
+        yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def _finish(run: Any, export: bool) -> None:
@@ -317,8 +391,8 @@ def _check_run_folder(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"--out {str(folder)!r} can't be written to.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UsageError(
-            f"--out {str(folder)!r} is not empty. Name another folder, or pass --overwrite to "
-            "delete the run that is in it."
+            f"--out {str(folder)!r} is not empty. Name another folder, pass --resume to go on with "
+            "the run that is in it, or --overwrite to delete it."
         )
 
 

@@ -48,7 +48,7 @@ def saved_model(
     steps: int = 50,
     sampler: str | samplers.Sampler = "ddim",
     grid: str | Sequence[float] = "uniform",
-    threshold: str | None = "clip",
+    threshold: str | None = "auto",
     batch_invariant: bool = True,
     overwrite: bool = False,
 ) -> Path:

@@ -78,14 +78,15 @@ def _in_folder(folder: Path) -> Path:
     raise FileNotFoundError(f"The folder {str(folder)!r} has no {_IN_RUN_FOLDER}.")
 
 
-def load(model: str | os.PathLike) -> DiffusionModel:
+def load(model: str | os.PathLike, compile: bool = False) -> DiffusionModel:
     """Loads a model, to sample from it or to train on (then compile it again).
 
     Args:
         model: see `path`.
+        compile: whether to bring the optimizer back too, with its state.
 
     Returns:
-        The model, not compiled.
+        The model, not compiled by default.
 
     Raises:
         FileNotFoundError: See `path`.
@@ -98,7 +99,7 @@ def load(model: str | os.PathLike) -> DiffusionModel:
     from tfdiffusion import networks, training, variational  # noqa: F401
 
     try:
-        loaded = keras.saving.load_model(file, compile=False)
+        loaded = keras.saving.load_model(file, compile=compile)
     except Exception as error:  # a damaged file fails anywhere from zip to HDF5 to Keras
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(

@@ -1,35 +1,41 @@
 """A training run: data, a model and a number of steps in, a folder of results out.
 
 `tfdiffusion train` is this with the arguments of a command line. Every file of the folder is
-written aside and renamed, so whoever looks into it finds complete files.
+written aside and renamed, so whoever looks into it finds complete files. The model's file is also
+the checkpoint: `Run.resume` goes on from it as if the run had never stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
 import numpy as np
 
-from tfdiffusion import callbacks
+from tfdiffusion import callbacks, checkpoints, models
 from tfdiffusion.data import Examples
 from tfdiffusion.training import DiffusionModel
 
 #: What a run may leave in its folder.
 FILES = ("model.keras", "samples.png", "sampling.gif", "loss.png", "history.json", "run.json")
 SAVED_MODEL = "saved_model"
+MODEL = "model.keras"
 
 _MIN_HISTORY = 20  # entries, so that a run of few epochs has a curve too
 _VALIDATIONS = 8
 _MAX_HELD_OUT = 1000
 _WARM_UP_SHARE = 0.05  # of the steps
 _SAMPLE_PIXELS = 2**20  # that the pictures of a run hold together, in all their channels
+# Attributes of a run that its checkpoint holds by their names.
+_NOTED = (
+    *("steps", "batch_size", "learning_rate", "flip", "seed", "checkpoint_seconds"),
+    *("arguments", "done", "history", "seconds"),
+)
 
 
 def hold_out(examples: Examples, seed: int = 0) -> tuple[Examples, Examples | None]:
@@ -43,42 +49,9 @@ def hold_out(examples: Examples, seed: int = 0) -> tuple[Examples, Examples | No
         (examples to train on, examples held out); None for the second if there are fewer than 20.
     """
     total = examples.num_examples
-    num = min(total // 10, _MAX_HELD_OUT)
     if total < 20:
         return examples, None
-    if examples._stream is not None:
-        kept = examples._stream.skip(num), examples._stream.take(num)
-        parts = [{"_stream": stream} for stream in kept]
-    else:
-        order = np.random.default_rng(seed).permutation(total)
-        chosen = np.sort(order[num:]), np.sort(order[:num])
-        parts = [
-            {
-                "_images": _taken(examples._images, rows),
-                "_labels": None if examples._labels is None else examples._labels[rows],
-            }
-            for rows in chosen
-        ]
-    rest, held = (
-        dataclasses.replace(examples, num_examples=size, **part)
-        for size, part in zip((total - num, num), parts)
-    )
-    return rest, held
-
-
-@dataclasses.dataclass(frozen=True)
-class _Taken:
-    """Some of the images of something that decodes them when indexed."""
-
-    images: object
-    rows: np.ndarray
-
-    def __getitem__(self, indices):
-        return self.images[self.rows[indices]]
-
-
-def _taken(images, rows):
-    return images[rows] if isinstance(images, np.ndarray) else _Taken(images, rows)
+    return examples.split(min(total // 10, _MAX_HELD_OUT), seed)
 
 
 def labels_in_turn(num: int, num_classes: int | None) -> np.ndarray | None:
@@ -106,7 +79,9 @@ class Run:
             cosine.
         flip: whether images are mirrored at random.
         seed: of the order of the examples.
+        checkpoint_seconds: between two savings of the model.
         arguments: what the run was asked for, for the record.
+        done: steps trained so far.
         history: lists by name: "steps", how many had been done, and the losses since the entry
             before; "val_steps" and the losses on the examples held out.
         seconds: how long the training took.
@@ -121,10 +96,46 @@ class Run:
     learning_rate: float = 1e-3
     flip: bool = False
     seed: int = 0
+    checkpoint_seconds: float = 60.0
     arguments: dict = dataclasses.field(default_factory=dict)
-    history: dict = dataclasses.field(default_factory=dict)
+    done: int = 0
+    history: dict = dataclasses.field(default_factory=lambda: {"steps": [], "loss": []})
     seconds: float = 0.0
-    _last: callbacks.StopAtStep | None = dataclasses.field(default=None, repr=False)
+    _loss: Sequence[float] = (0.0, 0.0)  # its sum and count since the last entry, when resumed
+    _checkpoint: callbacks.Checkpoint | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def resume(cls, folder: Path, examples: Examples, held_out: Examples | None) -> Run:
+        """Goes on with the run in a folder, on the same data.
+
+        Raises:
+            ValueError: If there is no checkpoint, it is damaged, or the data are not those that the
+                run began with.
+        """
+        notes = checkpoints.notes(folder / MODEL)
+        if notes is None:
+            raise ValueError(f"{str(folder)!r} holds no run that can be resumed.")
+        run = cls(
+            folder,
+            models.load(folder / MODEL, compile=True),
+            examples,
+            held_out,
+            **{name: notes[name] for name in _NOTED},
+            _loss=notes["loss"],
+        )
+        changed = [
+            f"{name} were {was}, now {now}"
+            for name, was, now in (
+                (name, was, run.record()["data"][name]) for name, was in notes["data"].items()
+            )
+            if was != (list(now) if isinstance(now, tuple) else now)
+        ]
+        if changed:
+            raise ValueError(
+                f"The data have changed since the run in {str(folder)!r} began: "
+                f"{'; '.join(changed)}. Restore them, or begin a run in another folder."
+            )
+        return run
 
     @property
     def entry_steps(self) -> int:
@@ -132,74 +143,98 @@ class Run:
         epoch = max(self.examples.num_examples // self.batch_size, 1)
         return min(epoch, max(self.steps // _MIN_HISTORY, 1))
 
-    @property
-    def done(self) -> int:
-        """Steps trained so far."""
-        return self._last.done if self._last is not None else 0
-
     def stop(self) -> None:
         """Ends `fit` after the step that runs; for signal handlers and other threads."""
-        if self._last is not None:
-            self._last.stop()
+        if self._checkpoint is not None:
+            self._checkpoint.stop()
 
-    def fit(self, progress: bool = True) -> None:
-        """Trains for `steps`, or until `stop` is called.
+    def fit(self, progress: bool = True, extra: Sequence[keras.callbacks.Callback] = ()) -> None:
+        """Trains for the steps that are left, or until `stop` is called.
 
         Args:
             progress: whether to show steps, loss and time left on stderr.
+            extra: Keras callbacks.
+
+        Raises:
+            OSError: If a checkpoint cannot be written; the one before is still there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.done:
+            self.model.compile(keras.optimizers.Adam(self._learning_rate()))
+        entries = -(-self.steps // self.entry_steps)
+        every = -(-entries // _VALIDATIONS)
+        steps = callbacks.StopAtStep(self.steps, self.done)
+        shown = [callbacks.Progress(self.steps, done=self.done)] if progress else []
+        self._checkpoint = callbacks.Checkpoint(
+            self.folder / MODEL, self.checkpoint_seconds, self.notes
+        )
+        followed = [
+            steps,
+            _Entries(self, steps),
+            *shown,
+            self._checkpoint,
+            callbacks.SampleGrid(self.folder / "samples.png", **self._pictures()),
+            *extra,
+        ]
+        started, before = time.monotonic(), self.seconds
+        try:
+            for first, last, length in self._parts(entries):
+                self.model.fit(
+                    self.examples.batches(
+                        self.batch_size, seed=self.seed, flip=self.flip, from_step=self.done
+                    ),
+                    initial_epoch=first,
+                    epochs=last,
+                    steps_per_epoch=length,
+                    validation_data=self.held_out and self.held_out.batches(256, shuffle=False),
+                    validation_freq=every,
+                    shuffle=False,  # the batches are shuffled already
+                    verbose=0,
+                    callbacks=followed,
+                )
+        except callbacks.Stopped:
+            pass
+        finally:
+            self.seconds = before + time.monotonic() - started
+            for one in shown:
+                one.close()
+
+    def _learning_rate(self):
         warm_up = max(round(_WARM_UP_SHARE * self.steps), 1)
-        rate = keras.optimizers.schedules.CosineDecay(
+        return keras.optimizers.schedules.CosineDecay(
             0.0,
             max(self.steps - warm_up, 1),
             warmup_target=self.learning_rate,
             warmup_steps=warm_up,
         )
-        self.model.compile(keras.optimizers.Adam(rate))
-        batches = self.examples.batches(
-            self.batch_size, seed=self.seed, flip=self.flip, from_step=0
-        )
-        entries = -(-self.steps // self.entry_steps)
-        every = -(-entries // _VALIDATIONS)
-        held_out = self.held_out and self.held_out.batches(256, shuffle=False)
-        recorded = keras.callbacks.History()
-        self._last = callbacks.StopAtStep(self.steps)
-        shown = [callbacks.Progress(self.steps)] if progress else []
-        started = time.monotonic()
-        try:
-            self.model.fit(
-                batches,
-                epochs=entries,
-                steps_per_epoch=self.entry_steps,
-                validation_data=held_out,
-                validation_freq=every,
-                shuffle=False,  # the batches are shuffled already
-                verbose=0,
-                callbacks=[
-                    self._last,
-                    recorded,
-                    *shown,
-                    callbacks.Checkpoint(self.folder / "model.keras"),
-                    callbacks.SampleGrid(self.folder / "samples.png", **self._pictures()),
-                ],
-            )
-        finally:
-            self.seconds = time.monotonic() - started
-            for one in shown:
-                one.close()
-            self.history = self._in_steps(recorded, every)
 
-    def _in_steps(self, recorded, every: int) -> dict:
-        history = {name: [float(x) for x in xs] for name, xs in recorded.history.items()}
-        steps = [min((i + 1) * self.entry_steps, self.done) for i in recorded.epoch]
-        return {"steps": steps, "val_steps": steps[every - 1 :: every], **history}
+    def _parts(self, entries: int):
+        """(first entry, last, steps of each) of `fit`: what is left of an entry, then the rest."""
+        entry, inside = divmod(self.done, self.entry_steps)
+        if inside and self.done < self.steps:
+            yield entry, entry + 1, self.entry_steps - inside
+            entry += 1
+        if entry < entries and self.done < self.steps:
+            yield entry, entries, self.entry_steps
+
+    def notes(self) -> dict:
+        """All that a checkpoint must hold beside the model."""
+        loss = self.model.loss_tracker
+        return {
+            **{name: getattr(self, name) for name in _NOTED},
+            "data": self.record()["data"],
+            "loss": [float(loss.total.value), float(loss.count.value)],
+        }
 
     def save(self) -> None:
         """Writes model, history and record."""
-        callbacks.save_atomically(self.model, self.folder / "model.keras")
-        write_json(self.folder / "history.json", self.history)
-        write_json(self.folder / "run.json", self.record())
+        checkpoints.save(self.model, self.folder / MODEL, self.notes())
+        self.write_records()
+
+    def write_records(self) -> None:
+        """Writes what people read: history and record."""
+        checkpoints.write_json(self.folder / "history.json", self.history)
+        checkpoints.write_json(self.folder / "run.json", self.record())
 
     def record(self) -> dict:
         """What was trained on what, how, and with which versions."""
@@ -241,9 +276,9 @@ class Run:
             figure = plotting.loss_curve(losses)
             for axes in figure.axes:
                 axes.set_xlabel(f"steps / {self.entry_steps}")
-            aside = self.folder / f".loss.{os.getpid()}.png"
+            aside = self.folder / ".loss.part.png"
             figure.savefig(aside, facecolor="white")
-            os.replace(aside, self.folder / "loss.png")
+            checkpoints.replace(aside, self.folder / "loss.png")
 
     def _pictures(self) -> dict:
         """What to draw: a hundred images, or fewer if they are large."""
@@ -265,21 +300,40 @@ class Run:
         return export.saved_model(self.model, self.folder / SAVED_MODEL, steps=steps)
 
 
+class _Entries(keras.callbacks.Callback):
+    """Keeps a run's count of steps and its history."""
+
+    def __init__(self, run: Run, counter: callbacks.StopAtStep):
+        super().__init__()
+        self.run, self.counter = run, counter
+        self.loss = run._loss
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Puts back what an entry that was begun before had summed up."""
+        tracker = self.model.loss_tracker
+        tracker.total.assign(self.loss[0])
+        tracker.count.assign(self.loss[1])
+        self.loss = (0.0, 0.0)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Takes the count of steps over."""
+        self.run.done = self.counter.done
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Adds an entry."""
+        entry = {"steps": self.run.done, **logs}
+        if "val_loss" in logs:
+            entry["val_steps"] = self.run.done
+        for name, value in entry.items():
+            value = value if isinstance(value, int) else float(value)
+            self.run.history.setdefault(name, []).append(value)
+
+
 def clear(folder: Path) -> None:
     """Deletes what an earlier run left in a folder, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / SAVED_MODEL, ignore_errors=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON aside and renames it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _backend_version() -> str:

@@ -19,6 +19,7 @@ from keras import ops
 from tfdiffusion import _names, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import NetworkDenoiser
+from tfdiffusion.fitting import NOISE
 from tfdiffusion.likelihood import Pixels
 from tfdiffusion.likelihood.bound import log_variances, negative_log, prior_at, step_kl
 from tfdiffusion.processes import Process
@@ -26,7 +27,7 @@ from tfdiffusion.training import DiffusionModel
 
 _register = keras.saving.register_keras_serializable(package="tfdiffusion")
 
-_NOISE, _DECODER = 1, 3  # streams of a training key; the noise is that of `DiffusionModel`
+_DECODER = 3  # stream of a training key, as `NOISE` is
 _BITS = 1.0 / math.log(2.0)
 
 
@@ -161,7 +162,7 @@ class LearnedVarianceModel(DiffusionModel):
 
     def losses_at(self, x_0, label, t, keys, training: bool = False):
         """The objective of each example; see `DiffusionModel.losses_at`."""
-        noise = random.normal(random.fold_in(keys, _NOISE), x_0.shape[1:])
+        noise = random.normal(random.fold_in(keys, NOISE), x_0.shape[1:])
         alpha_t, sigma_t = self.raw.coefficients(t, x_0)
         x_t = alpha_t * x_0 + sigma_t * noise
         y, v = self.raw.both(x_t, t, label, training=training)
@@ -391,7 +392,7 @@ class VariationalDiffusionModel(DiffusionModel):
         **kwargs: as in `DiffusionModel`, which checks them.
 
     Raises:
-        ValueError: If gamma_min < gamma_max does not hold.
+        ValueError: If gamma_min < gamma_max does not hold, or a process or weight is given.
     """
 
     def __init__(
@@ -410,6 +411,11 @@ class VariationalDiffusionModel(DiffusionModel):
             raise ValueError(
                 "VariationalDiffusionModel needs gamma_min < gamma_max. "
                 f"Received gamma_min={gamma_min}, gamma_max={gamma_max}."
+            )
+        if "process" in kwargs or "weight" in kwargs:
+            raise ValueError(
+                "VariationalDiffusionModel learns its process, and its loss is the bound, which "
+                "has no weights. Leave process and weight out, or use DiffusionModel."
             )
         schedule = MonotoneSchedule(gamma_min, gamma_max, name="schedule")
         process = LearnedSchedule(schedule)
@@ -431,7 +437,7 @@ class VariationalDiffusionModel(DiffusionModel):
 
         Unbiased: its mean over uniform t is the bound of infinitely many steps.
         """
-        noise = random.normal(random.fold_in(keys, _NOISE), x_0.shape[1:])
+        noise = random.normal(random.fold_in(keys, NOISE), x_0.shape[1:])
         alpha_t, sigma_t = self.raw.coefficients(t, x_0)
         x_t = alpha_t * x_0 + sigma_t * noise
         y = self.raw.predict(x_t, t, label, training=training)

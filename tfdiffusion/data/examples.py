@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -93,6 +94,34 @@ class Examples:
         images = to_float(images) if images.dtype == np.uint8 else images
         return images, None if self.class_names is None else labels
 
+    def split(self, num: int, seed: int = 0) -> tuple[Examples, Examples]:
+        """Sets ``num`` examples aside: (the others, these).
+
+        They are drawn with the seed; of a stream they are the first.
+
+        Raises:
+            ValueError: If there would be none left on one side.
+        """
+        total = self.num_examples
+        if not 0 < num < total:
+            raise ValueError(f"Cannot set {num} of {total} examples aside.")
+        if self._stream is not None:
+            parts = [{"_stream": s} for s in (self._stream.skip(num), self._stream.take(num))]
+        else:
+            order = np.random.default_rng(seed).permutation(total)
+            parts = [
+                {
+                    "_images": rows_of(self._images, rows),
+                    "_labels": None if self._labels is None else self._labels[rows],
+                }
+                for rows in (np.sort(order[num:]), np.sort(order[:num]))
+            ]
+        rest, aside = (
+            dataclasses.replace(self, num_examples=size, **part)
+            for size, part in zip((total - num, num), parts)
+        )
+        return rest, aside
+
     def batches(
         self,
         batch_size: int = 64,
@@ -101,7 +130,7 @@ class Examples:
         seed: int = 0,
         flip: bool = False,
         drop_remainder: bool | None = None,
-        from_step: int | None = None,
+        from_step: int | Callable[[], int] | None = None,
     ) -> tf.data.Dataset:
         """Make a ``tf.data.Dataset`` of batches ``(x, label)``, or ``x`` without labels.
 
@@ -123,6 +152,10 @@ class Examples:
             drop_remainder: Leave out the last, smaller batch. By default so when shuffling (each
                 epoch leaves out others), unless there is less than one batch.
             from_step: Step of the run, from 0, at which an endless dataset begins; None for epochs.
+                A function is asked for it whenever an epoch begins, and the dataset is again one of
+                single epochs, each in the order that belongs to it:
+                ``from_step=lambda: model.steps_done`` suits Keras' ``BackupAndRestore``, which
+                brings the model back only inside ``fit``.
 
         Returns:
             Batches: x float32 (B, H, W, C) in [-1, 1], label int32 (B,).
@@ -136,7 +169,7 @@ class Examples:
             raise ValueError(
                 f"flip needs images; {self.name!r} has examples of shape {self.shape}."
             )
-        if from_step is not None and from_step < 0:
+        if from_step is not None and not callable(from_step) and from_step < 0:
             raise ValueError(f"from_step must be at least 0, got {from_step}.")
         if drop_remainder and self.num_examples < batch_size:
             raise ValueError(
@@ -165,17 +198,21 @@ class Examples:
                 x = tf.cast(x, tf.float32) / 127.5 - 1.0
             return x if self.class_names is None else (x, label)
 
-        if from_step is None:
+        endless = not (from_step is None or callable(from_step))
+        if not endless:
             iteration = itertools.count()
+            number = (
+                (lambda: next(iteration)) if from_step is None else lambda: from_step() // steps
+            )
             epochs = tf.data.Dataset.from_generator(
-                lambda: iter([next(iteration)]), output_signature=tf.TensorSpec((), tf.int64)
+                lambda: iter([number()]), output_signature=tf.TensorSpec((), tf.int64)
             )
             dataset = epochs.flat_map(one_epoch)
         else:
             epochs = tf.data.Dataset.range(from_step // steps, np.iinfo(np.int64).max)
             dataset = epochs.flat_map(one_epoch).skip(from_step % steps)
         dataset = dataset.map(finish, num_parallel_calls=tf.data.AUTOTUNE)
-        length = steps if from_step is None else tf.data.INFINITE_CARDINALITY
+        length = tf.data.INFINITE_CARDINALITY if endless else steps
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(length))
         options = tf.data.Options()
         policy = tf.data.experimental.AutoShardPolicy.DATA  # there are no files to share out
@@ -225,6 +262,22 @@ class Examples:
             return self._stream.shuffle(buffer, seed, reshuffle_each_iteration=False)
 
         return order, lambda batch: batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some of the images of something that decodes them when indexed."""
+
+    images: Indexed
+    rows: np.ndarray
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        return self.images[self.rows[indices]]
+
+
+def rows_of(images: np.ndarray | Indexed, rows: np.ndarray) -> np.ndarray | Rows:
+    """Images at some positions."""
+    return images[rows] if isinstance(images, np.ndarray) else Rows(images, rows)
 
 
 def gather_stream(

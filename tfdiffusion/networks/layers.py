@@ -96,6 +96,22 @@ def check_inputs(inputs: dict, num_classes: int | None) -> None:
 
 
 @keras.saving.register_keras_serializable(package="tfdiffusion")
+class Dropout(keras.layers.Dropout):
+    """Keras' dropout, which also saves where its random numbers stand.
+
+    Keras leaves that out of its files; a training that is resumed would draw the first masks again.
+    """
+
+    def save_own_variables(self, store):
+        if self.rate > 0:
+            store["seed_state"] = self.seed_generator.state
+
+    def load_own_variables(self, store):
+        if self.rate > 0 and "seed_state" in store.keys():  # not in files of other layers
+            self.seed_generator.state.assign(store["seed_state"])
+
+
+@keras.saving.register_keras_serializable(package="tfdiffusion")
 class GroupNormalization(keras.layers.Layer):
     """Group normalization (Wu & He 2018, arXiv:1803.08494), optionally followed by SiLU.
 
@@ -496,7 +512,7 @@ class ResidualBlock(keras.layers.Layer):
         self.conv_2 = keras.layers.Conv2D(
             self.width, 3, kernel_initializer="zeros", **conv, name="conv_2"
         )
-        self.dropout = keras.layers.Dropout(self.rate, dtype=policy) if self.rate else None
+        self.dropout = Dropout(self.rate, dtype=policy) if self.rate else None
         self.embed = self.shortcut = self.resampler = None
         if self.resample == "down":
             self.resampler = Downsample("pool", dtype=policy)
