@@ -27,13 +27,12 @@ STEPS = 30
 
 @keras.saving.register_keras_serializable(package="tests")
 class TwoHeads(keras.layers.Layer):
-    """y = a x and v = b + c x, with a weight each."""
+    """y = a x (+ a number for the label) and v = b + c x, with a weight each."""
 
-    num_classes = None
-
-    def __init__(self, mean=0.5, variance=0.0, **kwargs):
+    def __init__(self, mean=0.5, variance=0.0, num_classes=None, **kwargs):
         super().__init__(**kwargs)
         self.start = {"mean": mean, "variance": variance}
+        self.num_classes = num_classes
 
     def build(self, shapes):
         def weight(name, value):
@@ -42,14 +41,20 @@ class TwoHeads(keras.layers.Layer):
 
         self.a, self.b = (weight(n, self.start[k]) for n, k in (("a", "mean"), ("b", "variance")))
         self.c = weight("c", 0.1)
+        if self.num_classes is not None:
+            self.table = self.add_weight(shape=(self.num_classes + 1,), name="table")
         self.built = True
 
     def call(self, inputs, training=False):
         x = inputs["x"]
-        return ops.concatenate([self.a * x, self.b + self.c * x], axis=-1)
+        y = self.a * x
+        if self.num_classes is not None:
+            offset = ops.take(self.table, inputs["label"], axis=0)
+            y = y + ops.reshape(offset, (-1,) + (1,) * (len(x.shape) - 1))
+        return ops.concatenate([y, self.b + self.c * x], axis=-1)
 
     def get_config(self):
-        return {**super().get_config(), **self.start}
+        return {**super().get_config(), **self.start, "num_classes": self.num_classes}
 
 
 class Knows(keras.layers.Layer):
@@ -109,7 +114,7 @@ def trained_once(**arguments):
     model = LearnedVarianceModel(
         TwoHeads(), processes.LinearBeta(STEPS), levels=None, ema_decay=None, **arguments
     )
-    model.compile(keras.optimizers.SGD(1e-3), run_eagerly=True)
+    model.compile(keras.optimizers.SGD(1e-3), run_eagerly=oracles.DOUBLE)
     x_0 = np.random.default_rng(0).normal(0, 0.5, (64, 1)).astype("float32")
     model.fit(x_0, batch_size=64, verbose=0)
     return [float(numpy(w)) for w in (model.network.a, model.network.b, model.network.c)]
@@ -389,15 +394,9 @@ def test_a_hybrid_model_on_images_saves_and_samples(tmp_path):
     """8-bit pixels, a class label, the learned variance in the bound and in the sampler."""
     levels = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1))
     images, label = (levels / 127.5 - 1).astype("float32"), np.arange(32) % 2
-    network = networks.UNet(
-        out_channels=2,
-        widths=(8,),
-        blocks_per_level=1,
-        groups=4,
-        mid_attention=False,
-        num_classes=2,
+    model = LearnedVarianceModel(
+        TwoHeads(num_classes=2), processes.Cosine(STEPS), "v", times="stratified"
     )
-    model = LearnedVarianceModel(network, processes.Cosine(STEPS), "v", times="stratified")
     model.compile(keras.optimizers.Adam(1e-3))
     history = model.fit(images, label, batch_size=16, verbose=0).history
     assert np.isfinite(history["loss"]).all()

@@ -531,9 +531,9 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         return self.raw.reading(self._averaged, self.ema.variables)
 
     def _averaged(self) -> list[tuple]:
-        """Every variable of the network with the value to sample from."""
+        """Every variable of the denoiser with the value to sample from."""
         averages = [] if self.ema is None else self.ema.pairs()
-        return [*((v, v.value) for v in self.network.variables), *averages]
+        return [*((v, v.value) for v in self.raw.variables), *averages]
 
     def averaged(self) -> NoiseConditionalModel:
         """A model whose own weights are the averaged ones, with no average beside them.
