@@ -125,8 +125,8 @@ def measured(args, name: str, model, test, pixels, curves: dict) -> tuple:
         note += f" (± {flow.draw_error:.3f} from draws)"
     if labels is not None:
         note += "; given labels"
-    print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     numbers = [f"{r.mean:.3f} ± {r.standard_error:.3f}" for r in (bound, *flows)]
+    print(f"{name}: {', '.join(numbers)}; {time.monotonic() - started:.0f} s", flush=True)
     return name, *numbers, note
 
 
