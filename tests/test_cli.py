@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -473,3 +474,35 @@ def test_info_of_a_bare_file(unconditional, capsys):
     assert cli.main(["info", unconditional]) == 0
     out = capsys.readouterr().out
     assert "4x4x1" in out and "none" in out and "training" not in out
+
+
+# -------------------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_prints_bound_and_likelihood_with_errors(capsys, conditional, tmp_path):
+    """On what `train` holds out of a folder, whose images are resized to the model's."""
+    folder = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for i in range(45):
+        (folder / f"c{i % 3}").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (4, 4), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"c{i % 3}" / f"{i}.png")
+    plot = tmp_path / "bits.png"
+    arguments = ("--num", "4", "--evaluations", "3", "--tolerance", "0.05", "--plot", str(plot))
+    code = cli.main(["evaluate", conditional, "--data", str(folder), *arguments])
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert "4 images of" in out and "given their labels" in out
+    number = r"-?\d+\.\d{3} ± \d+\.\d{3}"
+    assert re.search(rf"bound  {number}   prior .* of 999", out)
+    assert re.search(rf"ODE    {number}   1 draw; \d+ evaluations", out)
+    assert Image.open(plot).size[0] > 400
+
+
+def test_evaluate_refuses(capsys, unconditional, tmp_path):
+    assert "has no splits" in refused(
+        capsys, "evaluate", unconditional, "--data", "digits", "--split", "test"
+    )
+    line = refused(capsys, "evaluate", unconditional, "--data", "digits")
+    assert "The model makes 4x4x1, and the images of digits are 8x8x1" in line
+    assert "--data" in refused(capsys, "evaluate", unconditional)

@@ -104,3 +104,20 @@ def test_points_and_fields_keep_their_aspect(tmp_path):
         assert figure.axes[0].get_aspect() in ("equal", 1.0)
     with pytest.raises(ValueError, match="shape"):
         plotting.scatter_2d(np.zeros((3, 3)))
+
+
+def test_bits_and_rate_distortion(tmp_path):
+    """The curves hold what was given: density over t, its sum, grey levels."""
+    edges, bits = np.linspace(0, 1, 6), np.array([2.0, 1.0, 0.5, 0.0, 0.25])
+    figure = plotting.bits_by_time({"a": (edges, bits), "b": (edges, 2 * bits)}, tmp_path / "a.png")
+    density, total = figure.axes
+    np.testing.assert_allclose(density.patches[0].get_data().values[:3], bits[:3] / 0.2)
+    assert total.lines[0].get_ydata()[0] == 3.75 and total.lines[1].get_ydata()[-1] == 0
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    figure = plotting.rate_distortion({"a": ([0.0, 1.0], [1.0, 0.1])}, tmp_path / "r.svg")
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [127.5, 12.75])
+    with pytest.raises(ValueError, match="5 edges for 5 bits"):
+        plotting.bits_by_time({"a": (edges[1:], bits)})
+    for draw in (plotting.bits_by_time, plotting.rate_distortion):
+        with pytest.raises(ValueError, match="is empty"):
+            draw({})

@@ -25,6 +25,7 @@ if not _is_command():
     from tfdiffusion import (
         denoiser,
         guidance,
+        likelihood,
         networks,
         predictions,
         processes,
@@ -32,6 +33,7 @@ if not _is_command():
         samplers,
         times,
         training,
+        variational,
         weights,
     )
     from tfdiffusion.samplers import sample
@@ -44,6 +46,7 @@ __all__ = [
     "DiffusionModel",
     "denoiser",
     "guidance",
+    "likelihood",
     "networks",
     "predictions",
     "processes",
@@ -52,6 +55,7 @@ __all__ = [
     "samplers",
     "times",
     "training",
+    "variational",
     "weights",
     *_LAZY,
 ]

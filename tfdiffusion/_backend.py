@@ -245,6 +245,22 @@ def derivative(function: Callable, t):
     return jax.jvp(function, (t,), (ops.ones_like(t),))[1]
 
 
+def vjp(function: Callable, x, v):
+    """(function(x), vᵀ J): the value and the product of v, of its shape, with the Jacobian at x."""
+    x = ops.convert_to_tensor(x)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x)
+        return value, tape.gradient(value, x, output_gradients=v, unconnected_gradients="zero")
+    import jax
+
+    value, pull_back = jax.vjp(function, x)
+    return value, pull_back(v)[0]
+
+
 def is_traced(tensor) -> bool:
     """Whether a tensor is a symbol in a graph, which has no value yet."""
     if BACKEND == "tensorflow":

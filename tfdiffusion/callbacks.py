@@ -117,6 +117,46 @@ class SampleGrid(_Periodic):
         plotting.save_grid(self.model.sample(**self.request), self.path, columns=self.columns)
 
 
+class BitsPerDimension(keras.callbacks.Callback):
+    """Measures the variational bound of held-out images, as `val_bits_per_dim` in logs and history.
+
+    The noise is the same every time, so the numbers of two epochs can be compared.
+
+    Args:
+        images: float (N, ...); some hundred will do.
+        label: int (N,), for models with classes.
+        every: epochs from one measurement to the next.
+        evaluations: noise levels an image; see `tfdiffusion.likelihood.estimate`.
+        pixels: the scale of the data, by default 256 values in [−1, 1]; None for points.
+        batch_size: images at a time.
+    """
+
+    def __init__(
+        self,
+        images,
+        label=None,
+        *,
+        every: int = 1,
+        evaluations: int = 20,
+        pixels="8 bits",
+        batch_size: int = 128,
+    ):
+        super().__init__()
+        from tfdiffusion import likelihood
+
+        self.images, self.label, self.every = images, label, every
+        pixels = likelihood.Pixels() if isinstance(pixels, str) else pixels
+        self.options = {"evaluations": evaluations, "pixels": pixels, "batch_size": batch_size}
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Measures, and writes it into the logs."""
+        from tfdiffusion import likelihood
+
+        if (epoch + 1) % self.every == 0 and logs is not None:
+            bound = likelihood.estimate(self.model, self.images, self.label, **self.options)
+            logs["val_bits_per_dim"] = bound.mean
+
+
 class StopAtStep(keras.callbacks.Callback):
     """Ends the training after a number of steps, also in the middle of an epoch.
 

@@ -1,4 +1,4 @@
-"""The command line: `tfdiffusion train | sample | export | info`, a thin layer over the library.
+"""The command line, a thin layer over the library: `train | sample | evaluate | export | info`.
 
 What a person can get wrong is told in one line on stderr, before any work starts where it can be
 known by then. Exit codes: 0 done, 1 it could not be done, 2 an argument is wrong, 130 stopped with
@@ -578,6 +578,73 @@ def _labels(model: Any, args: argparse.Namespace) -> Any:
     return np.full(args.num, args.label)
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    plot = _picture(args.plot, "--plot", (".png",)) if args.plot else None
+    model = _load(args)
+    images, labels, name = _held_out(args, model)
+    from tfdiffusion import likelihood, plotting
+
+    given = "" if labels is None else ", given their labels"
+    shape = "x".join(map(str, images.shape[1:]))
+    print(f"{len(images)} images of {name}, {shape}{given}; bits a dimension", flush=True)
+    pixels = likelihood.Pixels(args.levels)
+    common = {"pixels": pixels, "seed": args.seed}
+    with _work(), _told(Failure):
+        bound = likelihood.estimate(model, images, labels, evaluations=args.evaluations, **common)
+    prior, steps, last = (part.mean() for part in (bound.prior, bound.steps.sum(1), bound.decoder))
+    chain = model.process.num_timesteps
+    print(
+        f"bound  {bound.mean:.3f} ± {bound.standard_error:.3f}   prior {prior:.4f}, steps "
+        f"{steps:.3f}, decoder {last:.3f}; {args.evaluations} noise levels an image "
+        f"of {f'{chain - 1}' if chain else 'infinitely many'}",
+        flush=True,
+    )
+    if args.draws:
+        options = {"draws": args.draws, "tolerance": args.tolerance, **common}
+        with _work(), _told(Failure):
+            flow = likelihood.log_likelihood(model, images, labels, **options)
+        drawn = "" if args.draws == 1 else f", ± {flow.draw_error:.3f} from the draws alone"
+        print(
+            f"ODE    {flow.mean:.3f} ± {flow.standard_error:.3f}   {args.draws} "
+            f"draw{'s' * (args.draws > 1)}{drawn}; {flow.evaluations:.0f} evaluations"
+        )
+    if plot is not None:
+        plotting.bits_by_time({Path(args.model).name: bound.by_time()}, plot)
+        print(f"{plot}  the bits of the bound at each noise level")
+
+
+def _held_out(args: argparse.Namespace, model: Any) -> tuple:
+    """Images, labels (or None) and what to call them."""
+    from tfdiffusion import data, runs
+
+    has_splits = data.has_splits(args.data)
+    if args.split and not has_splits:
+        raise UsageError(
+            f"--split {args.split}: {args.data} has no splits; what `train` held out is measured."
+        )
+    split = {"split": args.split or "test"} if has_splits else {}
+    folder = not has_splits and args.data != "digits"
+    with _told(UsageError):
+        examples = data.read(
+            args.data,
+            image_size=model.sample_shape[0] if folder else None,
+            labels=model.num_classes is not None,
+            data_dir=args.data_dir,
+            **split,
+        )
+    name = f"{args.data}, {split['split']}" if has_splits else f"{args.data}, held out"
+    if not has_splits:
+        _, examples = runs.hold_out(examples, args.seed)
+        if examples is None:
+            raise UsageError(f"--data {args.data} has too few images: nothing was held out.")
+    if tuple(examples.shape) != model.sample_shape:
+        raise UsageError(
+            f"The model makes {'x'.join(map(str, model.sample_shape))}, and the images of "
+            f"{args.data} are {'x'.join(map(str, examples.shape))}."
+        )
+    return *examples.arrays(args.num), name
+
+
 def _export(args: argparse.Namespace) -> None:
     folder = Path(args.directory).expanduser()
     _check_parent(folder, "DIR")
@@ -693,4 +760,10 @@ def _check_sampling(model: Any, args: argparse.Namespace) -> None:
         resolve_grid(model.raw, args.grid, args.steps, samplers.get(args.sampler))
 
 
-_COMMANDS = {"train": _train, "sample": _sample, "export": _export, "info": _info}
+_COMMANDS = {
+    "train": _train,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "export": _export,
+    "info": _info,
+}

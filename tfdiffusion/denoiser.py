@@ -12,6 +12,7 @@ wrappers that turn a denoiser into a denoiser, and all of them hold for every sa
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,8 @@ class Denoiser(abc.ABC):
     process: Process
     latest: float = 1.0
     variables: tuple = ()
+    #: Whether `reverse` is there.
+    learns_variance: bool = False
 
     @abc.abstractmethod
     def __call__(self, x_t, t):
@@ -58,6 +61,27 @@ class Denoiser(abc.ABC):
     def score(self, x_t, t):
         """∇ log q_t(x_t) = −ε̂/σ."""
         return -self.noise(x_t, t) / rows(self.process.sigma(t), x_t)
+
+    def reverse(self, x_t, t, s, label=None, floor=None):
+        """x̂_0 and a learned log variance of p(x_s | x_t), from one call of the network.
+
+        Args:
+            x_t: float (B, ...).
+            t: the time now, scalar or (B,).
+            s: the next time; 0 or None for the step to the data.
+            label: int (B,) or None.
+            floor: ln of the variance that stands for β̃ where s = 0.
+
+        Returns:
+            x̂_0 and the log variance, (B, ...).
+
+        Raises:
+            TypeError: If the denoiser learned none.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no learned variance. Train a "
+            "tfdiffusion.variational.LearnedVarianceModel, or use 'posterior' or 'beta'."
+        )
 
     def velocity(self, x_t, t):
         """dx/dt of the probability-flow ODE, f x − ½ g² ∇ log q (arXiv:2011.13456, eq. 13).
@@ -159,12 +183,19 @@ class NetworkDenoiser(Denoiser):
     @property
     def variables(self) -> tuple:
         """The network's variables, and those that stand in for them."""
-        return (*getattr(self.network, "variables", ()), *self._more_variables)
+        learned = getattr(self.process, "variables", ())
+        return (*getattr(self.network, "variables", ()), *learned, *self._more_variables)
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes that the network tells apart, None without labels."""
         return getattr(self.network, "num_classes", None)
+
+    def _weights(self):
+        """Context in which the network has the weights to denoise with."""
+        if self._substitutes is None:
+            return contextlib.nullcontext()
+        return _backend.substituted(self._substitutes())
 
     def coefficients(self, t, x):
         """α, σ at t, shaped to multiply x."""
@@ -196,11 +227,8 @@ class NetworkDenoiser(Denoiser):
 
     def __call__(self, x_t, t, label=None):
         """x̂_0 from the network; see `Denoiser` and `predict`."""
-        if self._substitutes is None:
+        with self._weights():
             y = self.predict(x_t, t, label)
-        else:
-            with _backend.substituted(self._substitutes()):
-                y = self.predict(x_t, t, label)
         alpha_t, sigma_t = self.coefficients(t, x_t)
         return self.prediction.clean(y, x_t, alpha_t, sigma_t, self.sigma_data)
 
@@ -238,11 +266,15 @@ class Conditioned(Denoiser):
     def __init__(self, denoiser: NetworkDenoiser, label):
         self.denoiser, self.label = denoiser, label
         self.process, self.latest = denoiser.process, denoiser.latest
-        self.variables = denoiser.variables
+        self.variables, self.learns_variance = denoiser.variables, denoiser.learns_variance
 
     def __call__(self, x_t, t):
         """x̂_0 given the label."""
         return self.denoiser(x_t, t, self.label)
+
+    def reverse(self, x_t, t, s, label=None, floor=None):
+        """x̂_0 and log variance given the label."""
+        return self.denoiser.reverse(x_t, t, s, self.label, floor)
 
 
 class Clipped(Denoiser):
@@ -256,11 +288,16 @@ class Clipped(Denoiser):
     def __init__(self, denoiser: Denoiser, limit: float = 1.0):
         self.denoiser, self.limit = denoiser, limit
         self.process, self.latest = denoiser.process, denoiser.latest
-        self.variables = denoiser.variables
+        self.variables, self.learns_variance = denoiser.variables, denoiser.learns_variance
 
     def __call__(self, x_t, t):
         """x̂_0, clipped."""
         return ops.clip(self.denoiser(x_t, t), -self.limit, self.limit)
+
+    def reverse(self, x_t, t, s, label=None, floor=None):
+        """x̂_0, clipped, and the log variance as it is."""
+        x_0, log_variance = self.denoiser.reverse(x_t, t, s, label, floor)
+        return ops.clip(x_0, -self.limit, self.limit), log_variance
 
 
 class DynamicallyThresholded(Denoiser):

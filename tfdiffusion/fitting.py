@@ -341,15 +341,25 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         self.step_count.assign_add(1)
         keys = random.fold_in(random.keys(self.seed), _backend.replica_id())
         keys = random.fold_in(keys, number)
-        t = self.times.sample(random.fold_in(keys, _TIMES), self.process, self.raw.latest)
+        t, importance = self.draw_times(random.fold_in(keys, _TIMES))
         if label is not None:
             dropped = random.uniform(random.fold_in(keys, _LABEL_DROPOUT)) < self.label_dropout
             label = ops.where(dropped, self.num_classes, label)
         losses = self.losses_at(x_0, label, t, keys, training=training)
+        if importance is not None:
+            self.note_losses(t, losses)
+            losses = importance * losses
         if sample_weight is not None:
             losses = losses * sample_weight
         # Keras' own `losses` are those of regularizers and `add_loss`.
         return ops.mean(losses) + sum(self.losses)
+
+    def draw_times(self, keys):
+        """Training times (B,), and what each loss has to be multiplied by, (B,) or None for 1."""
+        return self.times.sample(keys, self.process, self.raw.latest), None
+
+    def note_losses(self, t, losses) -> None:
+        """Called with the losses of times that `draw_times` gave a weight."""
 
     def fault_of(self, data):
         """Why a batch must be refused: an int32 scalar, a key of `_FAULTS`, or 0."""
@@ -524,9 +534,9 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         return self.raw.reading(self._averaged, self.ema.variables)
 
     def _averaged(self) -> list[tuple]:
-        """Every variable of the network with the value to sample from."""
+        """Every variable of the denoiser with the value to sample from."""
         averages = [] if self.ema is None else self.ema.pairs()
-        return [*((v, v.value) for v in self.network.variables), *averages]
+        return [*((v, v.value) for v in self.raw.variables), *averages]
 
     def averaged(self) -> NoiseConditionalModel:
         """A model whose own weights are the averaged ones, with no average beside them.

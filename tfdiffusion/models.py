@@ -95,7 +95,8 @@ def load(model: str | os.PathLike, compile: bool = False) -> DiffusionModel:
     file = path(model)
     import keras
 
-    from tfdiffusion import networks, training  # noqa: F401  (registers what a model may hold)
+    # Registers what a model may hold.
+    from tfdiffusion import networks, training, variational  # noqa: F401
 
     try:
         loaded = keras.saving.load_model(file, compile=compile)

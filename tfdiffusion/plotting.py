@@ -425,6 +425,78 @@ def schedule_curves(processes: Any, path: str | os.PathLike | None = None) -> Fi
     return _save(figure, path)
 
 
+def bits_by_time(curves: Mapping[str, Any], path: str | os.PathLike | None = None) -> Figure:
+    """Draw where the bits of the variational bound are: density over t, and sum from t on.
+
+    Args:
+        curves: from the name to show to (edges, bits), as `Bound.by_time()` gives them: bits a
+            dimension in each interval of t.
+        path: where to save it, `.png`, `.pdf` or `.svg`; not saved when None.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: if there is no curve, or the edges are not one more than the bits.
+    """
+    if not curves:
+        raise ValueError("curves is empty; expected {name: bound.by_time()}.")
+    figure, axes = _figure(1, 2, 9.6, 3.8)
+    positive = []
+    for i, (name, (edges, bits)) in enumerate(curves.items()):
+        edges, bits = np.asarray(edges, "float64"), np.asarray(bits, "float64")
+        if edges.ndim != 1 or edges.shape != (bits.size + 1,):
+            raise ValueError(
+                f"{name!r}: {edges.size} edges for {bits.size} bits; expected one more."
+            )
+        style = {"color": _PALETTE[i % len(_PALETTE)], "label": name}
+        density = np.where(bits > 0, bits / np.diff(edges), np.nan)
+        positive.append(density[bits > 0])
+        axes[0].stairs(density, edges, linewidth=1.6, **style)
+        from_here = np.append(np.cumsum(bits[::-1])[::-1], 0.0)
+        axes[1].plot(edges, from_here, **style)
+    axes[0].set(title="bits a dimension, per unit of t", ylabel="bits / dimension / t")
+    _log_axis(axes[0], np.concatenate(positive) if positive else np.ones(1))
+    axes[1].set(title="sum over the steps from t to 1", ylabel="bits / dimension", ylim=(0, None))
+    for ax in axes:
+        ax.set(xlabel="t (0: data, 1: noise)", xlim=(0, 1))
+    if len(curves) > 1:
+        axes[1].legend(frameon=False)
+    return _save(figure, path)
+
+
+def rate_distortion(curves: Mapping[str, Any], path: str | os.PathLike | None = None) -> Figure:
+    """Draw what the receiver of a progressive code sees after so many bits.
+
+    Args:
+        curves: from the name to show to (rate, distortion), as
+            `tfdiffusion.likelihood.rate_distortion` gives them, for data in [-1, 1].
+        path: where to save it, `.png`, `.pdf` or `.svg`; not saved when None.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: if there is no curve.
+    """
+    if not curves:
+        raise ValueError("curves is empty; expected {name: rate_distortion(bound)}.")
+    figure, axes = _figure(1, 1, 5.6, 3.8)
+    for i, (name, (rate, distortion)) in enumerate(curves.items()):
+        grey = 127.5 * np.asarray(distortion, "float64")
+        axes[0].plot(rate, grey, color=_PALETTE[i % len(_PALETTE)], label=name)
+    axes[0].set(
+        title="progressive coding",
+        xlabel="rate (bits / dimension)",
+        ylabel="distortion (RMS, grey levels of 255)",
+        xlim=(0, None),
+        ylim=(0, None),
+    )
+    if len(curves) > 1:
+        axes[0].legend(frameon=False)
+    return _save(figure, path)
+
+
 def _plot_epochs(ax: Axes, values: np.ndarray, epochs: int, label: str, colour: Any) -> None:
     """Plot at the epochs 1, 2, ..., or at every k-th for a curve that is shorter."""
     every = max(epochs // len(values), 1)

@@ -144,7 +144,7 @@ class DiffusionModel(NoiseConditionalModel):
         """See base class."""
         config = dict(config)
         for key in ("network", "process", "weight", "times"):
-            if isinstance(config[key], dict):
+            if isinstance(config.get(key), dict):
                 config[key] = keras.saving.deserialize_keras_object(config[key])
         return cls(**config)
 

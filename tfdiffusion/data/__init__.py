@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from tfdiffusion.data.examples import Examples
 from tfdiffusion.data.pixels import to_float, to_uint8
-from tfdiffusion.data.sources import load, read
+from tfdiffusion.data.sources import has_splits, load, read
 from tfdiffusion.data.toys import toy
 
-__all__ = ["Examples", "load", "read", "to_float", "to_uint8", "toy"]
+__all__ = ["Examples", "has_splits", "load", "read", "to_float", "to_uint8", "toy"]

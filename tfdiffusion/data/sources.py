@@ -144,6 +144,11 @@ def read(
     return data if with_labels else dataclasses.replace(data, class_names=None, _labels=None)
 
 
+def has_splits(source: Any) -> bool:
+    """Tell whether a source is a set of TensorFlow Datasets, which has splits such as "test"."""
+    return _kind(source) == "tfds"
+
+
 def _kind(source: Any) -> str:
     """Tell what a source is: arrays, folder, digits, toy or tfds."""
     if isinstance(source, os.PathLike):

@@ -20,25 +20,32 @@ class DDPM(Sampler):
     Args:
         variance: "posterior" for β̃, exact if the data were one point; "beta" for σ²_{t|s}, exact
             if they were N(0, I) (sec. 3.2). With few steps "beta" leaves noise in the image.
+            "learned" asks the denoiser (improved DDPM, arXiv:2102.09672, eq. 15).
 
     Raises:
-        ValueError: If the variance is neither.
+        ValueError: If the variance is none of these.
     """
 
     variance: str = "posterior"
 
     def __post_init__(self):
-        if self.variance not in ("posterior", "beta"):
-            raise _names.unknown("variance", self.variance, ("posterior", "beta"))
+        known = ("posterior", "beta", "learned")
+        if self.variance not in known:
+            raise _names.unknown("variance", self.variance, known)
 
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """x_s = c_0 x̂_0 + c_t x_t + √variance z."""
         (x_t,) = carry
         c_0, c_t, variance = denoiser.process.posterior(t, s)
-        if self.variance == "beta":
-            _, variance = denoiser.process.transition(t, s)
-        mean = rows(c_0, x_t) * denoiser(x_t, t) + rows(c_t, x_t) * x_t
-        return (mean + rows(ops.sqrt(variance), x_t) * random.normal(keys, x_t.shape[1:]),)
+        if self.variance == "learned":
+            x_0, log_variance = denoiser.reverse(x_t, t, s)
+            deviation = ops.exp(0.5 * log_variance)
+        else:
+            if self.variance == "beta":
+                _, variance = denoiser.process.transition(t, s)
+            x_0, deviation = denoiser(x_t, t), rows(ops.sqrt(variance), x_t)
+        mean = rows(c_0, x_t) * x_0 + rows(c_t, x_t) * x_t
+        return (mean + deviation * random.normal(keys, x_t.shape[1:]),)
 
 
 @register("ddim")
