@@ -56,6 +56,9 @@ class _TensorFlowStep:
             loss = self.mean_loss(data, training=True)
             scaled_loss = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled_loss, self.trainable_weights)
+        # A table looked up twice has a gradient in two slices. Keras squares each of them where
+        # Adam wants the square of their sum.
+        gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
         self.optimizer.apply_gradients(zip(gradients, self.trainable_weights))
         self.after_update(moved=self.optimizer.iterations > updates_before)
         self.loss_tracker.update_state(loss)
