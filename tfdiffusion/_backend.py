@@ -234,3 +234,56 @@ def replica_id():
         context = tf.distribute.get_replica_context()
         return 0 if context is None else context.replica_id_in_sync_group
     return 0  # JAX traces one program over the global batch: every row already has its own number.
+
+
+def vjp(function: Callable, x, v=None):
+    """Value of a function of x and the product of v with its Jacobian, differentiable once more.
+
+    Args:
+        function: rows of x to rows of anything: f(x) depends on x row by row.
+        x: (B, ...).
+        v: of the shape of f(x); ones by default, which of a scalar function is the gradient.
+
+    Returns:
+        f(x), and vᵀ ∂f/∂x of the shape of x.
+    """
+    x = ops.convert_to_tensor(x)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x)
+        return value, tape.gradient(value, x, v, unconnected_gradients="zero")
+    import jax
+
+    value, pull = jax.vjp(function, x)
+    return value, pull(ops.ones_like(value) if v is None else v)[0]
+
+
+def jacobian_trace(function: Callable, x):
+    """f(x) and the exact trace of its Jacobian, row by row: D products with the Jacobian.
+
+    Args:
+        function: (B, D) → (B, D), row by row.
+        x: (B, D), D known.
+
+    Returns:
+        f(x), (B, D), and tr ∂f/∂x, (B,).
+    """
+    x = ops.convert_to_tensor(x)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x)
+        return value, tf.linalg.trace(tape.batch_jacobian(value, x))
+    import jax
+
+    value, pull = jax.vjp(function, x)
+
+    def diagonal(unit):
+        return ops.sum(pull(ops.broadcast_to(unit, x.shape))[0] * unit, axis=-1)
+
+    return value, ops.sum(jax.vmap(diagonal)(ops.eye(x.shape[-1], dtype=x.dtype)), axis=0)

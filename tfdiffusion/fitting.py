@@ -7,7 +7,10 @@ give the objective and a way to sample: `DiffusionModel` and `score_matching.Sco
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import keras
+import numpy as np
 from keras import ops
 
 from tfdiffusion import _backend, random, times
@@ -369,6 +372,54 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         for theirs, mine in zip(self.network.variables, model.network.variables):
             mine.assign(values[id(theirs)])
         return model
+
+
+def check_seeds(num: int, seed: int, seeds) -> np.ndarray:
+    """The seeds of `num` samples: int (num,), by default counted on from `seed`.
+
+    Raises:
+        ValueError: If `num` is not an integer >= 1, or the seeds are not so many integers.
+    """
+    if not isinstance(num, int | np.integer) or num < 1:
+        raise ValueError(f"num must be an integer >= 1. Received num={num!r}.")
+    seeds = np.arange(num, dtype=np.int64) + int(seed) if seeds is None else np.asarray(seeds)
+    if seeds.shape != (num,) or seeds.dtype.kind not in "iu":
+        raise ValueError(f"seeds must be {num} integers. Received shape {seeds.shape}.")
+    return seeds
+
+
+def in_batches(run: Callable, rows: Sequence, num: int, batch_size: int, return_path: bool = False):
+    """Runs a compiled sampler on at most `batch_size` rows at a time.
+
+    Args:
+        run: takes tensors of equal length, gives samples (B, ...), or (samples, path (S, B, ...)).
+        rows: arrays or tensors (num, ...).
+        num: how many rows.
+        batch_size: >= 1.
+        return_path: whether `run` gives a path.
+
+    Returns:
+        NumPy float32 (num, ...), or (samples, path (S, num, ...)).
+
+    Raises:
+        ValueError: If the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1. Received batch_size={batch_size}.")
+    rows = [ops.convert_to_numpy(row) for row in rows]
+    chunks = []
+    for first in range(0, num, batch_size):
+        chosen = np.arange(first, min(first + batch_size, num))
+        # Pad the last chunk: one shape, one compilation.
+        padded = np.resize(chosen, batch_size) if num > batch_size else chosen
+        result = run(*(ops.convert_to_tensor(row[padded]) for row in rows))
+        outputs = [ops.convert_to_numpy(r) for r in (result if return_path else (result,))]
+        keep = len(chosen)
+        chunks.append([outputs[0][:keep], *(path[:, :keep] for path in outputs[1:])])
+    samples = np.concatenate([chunk[0] for chunk in chunks])
+    if not return_path:
+        return samples
+    return samples, np.concatenate([chunk[1] for chunk in chunks], axis=1)
 
 
 def _check_weights_are_seen(y, arguments: dict) -> None:
