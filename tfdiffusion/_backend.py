@@ -275,10 +275,13 @@ def jacobian_trace(function: Callable, x):
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        with tf.GradientTape() as tape:
+        # Vectorized in a graph; outside of one that would trace anew at every call, with a warning.
+        in_graph = not tf.executing_eagerly()
+        with tf.GradientTape(persistent=not in_graph) as tape:
             tape.watch(x)
             value = function(x)
-        return value, tf.linalg.trace(tape.batch_jacobian(value, x))
+        jacobian = tape.batch_jacobian(value, x, experimental_use_pfor=in_graph)
+        return value, tf.linalg.trace(jacobian)
     import jax
 
     value, pull = jax.vjp(function, x)

@@ -137,7 +137,9 @@ class ScoreModel(fitting.NoiseConditionalModel):
         """The objective of each example at the level of its time; see the base class."""
         del label
         sigma = ops.cast(self.process.sigma(t), "float32")
-        return self._objective_at(lambda x: self.raw.predict(x, t, training=training), x_0, keys, sigma)
+        return self._objective_at(
+            lambda x: self.raw.predict(x, t, training=training), x_0, keys, sigma
+        )
 
     # The score.
 
