@@ -49,9 +49,9 @@ TABLE = {
     "plotting": set(),
     "callbacks": {"evaluation", "plotting", "samplers"},
     "convert": {"denoiser", "networks", "predictions", "processes", "training"},
-    "export": {"denoiser", "samplers", "times", "training"},
-    "models": {"networks", "training"},
-    "runs": {"callbacks", "data", "export", "plotting", "training"},
+    "export": {"denoiser", "samplers", "score_matching", "times", "training"},
+    "models": {"fitting", "networks", "score_matching", "training"},
+    "runs": {"callbacks", "data", "export", "fitting", "plotting", "training"},
     "_arguments": {"models"},
     "cli": None,  # everything
     "__main__": {"cli"},

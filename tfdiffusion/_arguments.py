@@ -166,6 +166,13 @@ def _train_parser(commands: Any) -> _Parser:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
+        "--method",
+        choices=("diffusion", "ncsn", "ncsnv2"),
+        default="diffusion",
+        help="diffusion (default), or score matching on a ladder of noise levels that comes from "
+        "the data, sampled by annealed Langevin dynamics: ncsn (2019), ncsnv2 (2020)",
+    )
+    model.add_argument(
         "--process",
         default="cosine",
         metavar="NAME",
@@ -250,21 +257,25 @@ def _sampling_arguments(parser: Any) -> None:
         "--steps",
         type=_whole(1),
         metavar="N",
-        default=50,
         help="steps from noise to image: more take longer and look better (default: 50)",
     )
     parser.add_argument(
         "--sampler",
-        default="ddim",
         metavar="NAME",
         help="ddim (default: no noise on the way), ddpm (fresh noise at every step, needs more "
         "steps) or another that the library has",
     )
     parser.add_argument(
         "--grid",
-        default="uniform",
         metavar="NAME",
         help="which noise levels to visit: uniform (default), quadratic, karras, linspace, leading",
+    )
+    parser.add_argument(
+        "--steps-per-level",
+        type=_whole(1),
+        metavar="N",
+        help="of models trained with --method ncsn or ncsnv2, instead of the three above: steps of "
+        "Langevin dynamics at each noise level (default: 5)",
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from tfdiffusion import callbacks
 from tfdiffusion.data import Examples
+from tfdiffusion.fitting import NoiseConditionalModel
 from tfdiffusion.training import DiffusionModel
 
 #: What a run may leave in its folder.
@@ -113,7 +114,7 @@ class Run:
     """
 
     folder: Path
-    model: DiffusionModel
+    model: NoiseConditionalModel
     examples: Examples
     held_out: Examples | None
     steps: int
@@ -250,6 +251,8 @@ class Run:
         in_row = columns(self.model.num_classes)
         num = max(min(_SAMPLE_PIXELS // 50 // int(np.prod(self.examples.shape)), 100), 4)
         num = max(num // (in_row or 1), 1) * (in_row or 1)
+        if not isinstance(self.model, DiffusionModel):  # a score model, which takes longer
+            return {"num": min(num, 36), "columns": None}
         return {
             "num": num,
             "label": labels_in_turn(num, self.model.num_classes),
@@ -261,7 +264,7 @@ class Run:
         """Writes the SavedModel; see `tfdiffusion.export`."""
         from tfdiffusion import export
 
-        steps = self._pictures()["steps"]
+        steps = self._pictures().get("steps", 50)
         return export.saved_model(self.model, self.folder / SAVED_MODEL, steps=steps)
 
 

@@ -148,8 +148,8 @@ class ScoreModel(fitting.NoiseConditionalModel):
         """L."""
         return len(self.sigmas)
 
-    def _time(self, level):
-        """The time of a level: from 1 at level 0 down to 1/L."""
+    def time_of(self, level):
+        """The time that samplers of the library know a level by: 1 at level 0, 1/L at the last."""
         return (self.num_levels - ops.cast(level, "float32")) / self.num_levels
 
     def score(self, x, level, ema: bool = True):
@@ -170,7 +170,7 @@ class ScoreModel(fitting.NoiseConditionalModel):
         x = ops.convert_to_tensor(x, dtype="float32")
         pairs = self._averaged() if ema else [(v, v.value) for v in self.network.variables]
         with _backend.substituted(pairs):
-            return self.raw.predict(x, self._time(level))
+            return self.raw.predict(x, self.time_of(level))
 
     def energy(self, x, level, ema: bool = True):
         """E(x) = −log q_σ(x) up to a constant, of networks that learn one.
@@ -245,7 +245,7 @@ class ScoreModel(fitting.NoiseConditionalModel):
         Raises:
             ValueError: If the model has not seen data or a number is out of range.
         """
-        request = self._request(steps_per_level, step_size, convention)
+        request = self.langevin_request(steps_per_level, step_size, convention)
         request |= {"denoise": denoise, "return_path": return_path}
         seeds = fitting.check_seeds(num, seed, seeds)
 
@@ -289,7 +289,7 @@ class ScoreModel(fitting.NoiseConditionalModel):
             ValueError: If a shape is wrong, the model has not seen data or a number is out of
                 range.
         """
-        request = self._request(steps_per_level, step_size, convention)
+        request = self.langevin_request(steps_per_level, step_size, convention)
         known = np.asarray(known, "float32")
         if known.shape[1:] != self.sample_shape:
             raise ValueError(
@@ -348,7 +348,7 @@ class ScoreModel(fitting.NoiseConditionalModel):
         Raises:
             ValueError: If the model has not seen data or a number is out of range.
         """
-        request = self._request(steps_per_level, step_size, convention)
+        request = self.langevin_request(steps_per_level, step_size, convention)
         if num < 2:
             raise ValueError(f"An interpolation has two ends, so num must be >= 2. Received {num}.")
         keys_a, keys_b = (random.keys(np.full(num, seed)) for seed in (seed_a, seed_b))
@@ -361,8 +361,17 @@ class ScoreModel(fitting.NoiseConditionalModel):
         run = self._compiled_loop(("interpolate", ema, *request.items()), run)
         return fitting.in_batches(run, (keys_a, keys_b, share), num, batch_size)
 
-    def _request(self, steps_per_level: int, step_size: float | None, convention: str) -> dict:
-        """What `annealed` takes, checked before anything is traced."""
+    def langevin_request(
+        self,
+        steps_per_level: int = 5,
+        step_size: float | None = None,
+        convention: str = "ncsnv2",
+    ) -> dict:
+        """What `langevin.annealed` takes for the arguments of `sample`, checked.
+
+        Raises:
+            ValueError: If the model has not seen data or a number is out of range.
+        """
         if self.sample_shape is None:
             raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")
         if not isinstance(steps_per_level, int | np.integer) or steps_per_level < 1:
