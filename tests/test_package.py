@@ -43,7 +43,7 @@ TABLE = {
     },
     "exact": {"denoiser", "processes"},
     "likelihood": {"denoiser", "processes", "samplers", "times", "weights"},
-    "score_matching": {"denoiser", "fitting", "networks", "processes", "samplers", "times"},
+    "score_matching": {"denoiser", "exact", "fitting", "networks", "processes", "samplers"},
     "evaluation": {"data"},
     "data": set(),
     "plotting": set(),

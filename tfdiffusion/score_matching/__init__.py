@@ -13,7 +13,7 @@ The module stands on its own. Objectives and Langevin dynamics take any function
 It meets the diffusion half in `model.denoiser()`, on which all of the library's samplers run.
 """
 
-from tfdiffusion.score_matching import ladders, langevin, networks, objectives
+from tfdiffusion.score_matching import laboratory, ladders, langevin, networks, objectives
 from tfdiffusion.score_matching.ladders import (
     best_step_size,
     for_dimension,
@@ -34,6 +34,7 @@ __all__ = [
     "for_dimension",
     "from_data",
     "geometric",
+    "laboratory",
     "ladders",
     "langevin",
     "networks",
