@@ -62,6 +62,17 @@ class Clock(keras.callbacks.Callback):
         self.saved = time.monotonic()
 
 
+def shipped(model: score_matching.ScoreModel) -> score_matching.ScoreModel:
+    """The averaged weights alone, in float32: what goes into the package."""
+    averaged = model.averaged()
+    config = {**averaged.network.get_config(), "dtype": "float32"}
+    network = score_matching.NCSNv2.from_config(config)
+    copy = score_matching.ScoreModel(network, model.sigmas, ema_decay=None)
+    copy.build((None, *model.sample_shape))
+    copy.network.set_weights(averaged.network.get_weights())
+    return copy
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/mnist_ncsn"))
@@ -102,8 +113,7 @@ def main():
     model.fit(batches, steps_per_epoch=1_000_000, epochs=1, verbose=0, callbacks=[clock])
     clock.save()
     np.save(args.out / f"losses_{first}.npy", np.array(clock.losses))
-    shipped = model.averaged()
-    save_atomically(shipped, args.out / "averaged.keras")
+    save_atomically(shipped(model), args.out / "mnist_ncsn.keras")
     seen = int(model.step_count) * args.batch_size
     print(f"{seen:,} images seen, {clock.spent / 60:.1f} minutes", flush=True)
 

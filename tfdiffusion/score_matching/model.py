@@ -137,6 +137,8 @@ class ScoreModel(fitting.NoiseConditionalModel):
         """The objective of each example at the level of its time; see the base class."""
         del label
         sigma = ops.cast(self.process.sigma(t), "float32")
+        # Not the stream that the levels came from: noise and level must not know of each other.
+        keys = random.fold_in(keys, fitting.NOISE)
         return self._objective_at(
             lambda x: self.raw.predict(x, t, training=training), x_0, keys, sigma
         )

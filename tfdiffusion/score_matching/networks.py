@@ -519,21 +519,24 @@ def _over_sigma(x, time, sigmas):
 
 @_register
 class ScoreMLP(keras.Model):
-    """A residual MLP for the score of points: f(x/√(1 + σ²), level)/σ.
+    """A residual MLP for the score of points: −x/(1 + σ²) + f(x/√(1 + σ²), level)/σ.
+
+    The first term is the score of data that are N(0, I), so the network has to learn how the data
+    differ from that, and the field points back to them from far away, where it never saw any.
 
     Args:
-        sigmas: the ladder, falling; None for one score without noise, f(x).
+        sigmas: the ladder, falling; None for one score without noise, −x + f(x).
         width: Number of hidden units.
         depth: Number of residual blocks.
-        energy: learn an energy E, one number a point; the score is then −∇E/σ, a field without
-            curl by construction.
+        energy: learn an energy E = ‖x‖²/(2(1 + σ²)) + f/σ with one number f a point; the score is
+            then −∇E, a field without curl by construction.
         **kwargs: `name`, `dtype` and `trainable` of `keras.Model`; anything else is refused.
 
     Call arguments:
         inputs: `{"x": (B, D), "time": (B,)}`: points and level numbers, 0 for most noise.
 
     Returns:
-        The score, float32 `(B, D)`: exactly zero before training, by initialization.
+        The score, float32 `(B, D)`: that of N(0, I) before training, by initialization.
 
     Raises:
         ValueError: For a configuration or inputs that can't work.
@@ -574,16 +577,13 @@ class ScoreMLP(keras.Model):
             self.body.dense_out.bias.trainable = False
         self.built = True
 
-    def _sigma(self, time, x):
-        """σ of each row's level, (B, 1); 1 without a ladder."""
+    def _scales(self, time, x):
+        """1 + σ² and σ of each row's level, (B, 1); both 1 without a ladder."""
         if self.sigmas is None:
-            return ops.ones_like(x[:, :1])
+            return 1.0, 1.0
         sigma = ops.take(ops.cast(np.asarray(self.sigmas), "float32"), _level(time), axis=0)
-        return _backend.rows(ops.broadcast_to(sigma, ops.shape(x)[:1]), x)
-
-    def _body(self, x, time):
-        scale = 1.0 if self.sigmas is None else ops.sqrt(1.0 + self._sigma(time, x) ** 2)
-        return self.body({"x": x / scale, "time": time})
+        sigma = _backend.rows(ops.broadcast_to(sigma, ops.shape(x)[:1]), x)
+        return 1.0 + sigma**2, sigma
 
     def energy(self, inputs):
         """E(x, level) up to a constant, float32 `(B,)`; the score is −∇E.
@@ -597,13 +597,16 @@ class ScoreMLP(keras.Model):
                 "Make it with ScoreMLP(..., energy=True)."
             )
         x = ops.convert_to_tensor(inputs["x"], dtype="float32")
-        return (self._body(x, inputs["time"]) / self._sigma(inputs["time"], x))[:, 0]
+        variance, sigma = self._scales(inputs["time"], x)
+        learned = self.body({"x": x / variance**0.5, "time": inputs["time"]}) / sigma
+        return ops.sum(0.5 * x**2 / variance, axis=-1) + learned[:, 0]
 
     def call(self, inputs, training=False):
         check_inputs(inputs, None)
         x, time = inputs["x"], inputs["time"]
         if not self.has_energy:
-            return self._body(x, time) / self._sigma(time, x)
+            variance, sigma = self._scales(time, x)
+            return self.body({"x": x / variance**0.5, "time": time}) / sigma - x / variance
         _, gradient = _backend.vjp(lambda x: self.energy({"x": x, "time": time}), x)
         return -gradient
 
