@@ -8,6 +8,7 @@ import pytest
 
 import tfdiffusion as tfd
 from tfdiffusion import models, networks
+from tfdiffusion.score_matching import NCSN, NCSNv2, ScoreModel
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,10 @@ def test_shipped_models_are_found_by_name(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", models.names())
 def test_shipped_models_load_and_sample(name):
     model = models.load(name)
-    images = model.sample(2, steps=2, label=None if model.num_classes is None else [0, 1])
+    request = {"steps": 2, "label": None if model.num_classes is None else [0, 1]}
+    if isinstance(model, ScoreModel):
+        request = {"steps_per_level": 1}
+    images = model.sample(2, **request)
     assert images.shape == (2, *model.sample_shape) and np.isfinite(images).all()
     assert models.path(name).stat().st_size < 20e6
 
@@ -132,3 +136,17 @@ def test_unet_refuses_what_it_cannot_do():
         models.unet((8, 8, 1), size="smal")
     with pytest.raises(ValueError, match="shape of an image"):
         models.unet((8, 8))
+
+
+def test_a_refinenet_fits_its_shape():
+    sigmas = [2.0, 1.0, 0.5]
+    for method, cls in (("ncsn", NCSN), ("ncsnv2", NCSNv2)):
+        network = models.refinenet((28, 28, 1), sigmas, method)
+        assert isinstance(network, cls) and (network.width, network.patch_size) == (32, 2)
+    network = models.refinenet((32, 32, 3), sigmas, size="base", dtype="mixed_bfloat16")
+    assert (network.width, network.patch_size) == (128, 1)
+    assert network.dtype_policy.name == "mixed_bfloat16"
+    with pytest.raises(ValueError, match="method"):
+        models.refinenet((28, 28, 1), sigmas, "ncsnv3")
+    with pytest.raises(ValueError, match="shape of an image"):
+        models.refinenet((28, 28), sigmas)

@@ -191,6 +191,13 @@ def _train_parser(commands: Any) -> _Parser:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
+        "--method",
+        choices=("diffusion", "ncsn", "ncsnv2"),
+        default="diffusion",
+        help="diffusion (default), or score matching on a ladder of noise levels that comes from "
+        "the data, sampled by annealed Langevin dynamics: ncsn (2019), ncsnv2 (2020)",
+    )
+    model.add_argument(
         "--process",
         default="cosine",
         metavar="NAME",
@@ -289,13 +296,11 @@ def _sampling_arguments(parser: Any) -> None:
         "--steps",
         type=_whole(1),
         metavar="N",
-        default=_defaults.STEPS,
         help="steps from noise to image: more take longer and come closer to the exact solution "
         f"(default: {_defaults.STEPS})",
     )
     parser.add_argument(
         "--sampler",
-        default=_defaults.SAMPLER,
         metavar="NAME",
         help=f"{_defaults.SAMPLER} (default: few steps, no noise on the way), ddim (the simplest "
         "of that kind), ddpm (fresh noise at every step, needs a hundred or more), or another: "
@@ -303,10 +308,16 @@ def _sampling_arguments(parser: Any) -> None:
     )
     parser.add_argument(
         "--grid",
-        default=_defaults.GRID,
         metavar="NAME",
         help=f"which noise levels to visit: {_defaults.GRID} (default), uniform, quadratic, "
         "log_snr, optimized, linspace, leading",
+    )
+    parser.add_argument(
+        "--steps-per-level",
+        type=_whole(1),
+        metavar="N",
+        help="of models trained with --method ncsn or ncsnv2, instead of the three above: steps of "
+        "Langevin dynamics at each noise level (default: 5)",
     )
 
 

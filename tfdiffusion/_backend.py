@@ -245,22 +245,6 @@ def derivative(function: Callable, t):
     return jax.jvp(function, (t,), (ops.ones_like(t),))[1]
 
 
-def vjp(function: Callable, x, v):
-    """(function(x), vᵀ J): the value and the product of v, of its shape, with the Jacobian at x."""
-    x = ops.convert_to_tensor(x)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = function(x)
-        return value, tape.gradient(value, x, output_gradients=v, unconnected_gradients="zero")
-    import jax
-
-    value, pull_back = jax.vjp(function, x)
-    return value, pull_back(v)[0]
-
-
 def is_traced(tensor) -> bool:
     """Whether a tensor is a symbol in a graph, which has no value yet."""
     if BACKEND == "tensorflow":
@@ -292,3 +276,59 @@ def replica_id():
         context = tf.distribute.get_replica_context()
         return 0 if context is None else context.replica_id_in_sync_group
     return 0  # JAX traces one program over the global batch: every row already has its own number.
+
+
+def vjp(function: Callable, x, v=None):
+    """Value of a function of x and the product of v with its Jacobian, differentiable once more.
+
+    Args:
+        function: rows of x to rows of anything: f(x) depends on x row by row.
+        x: (B, ...).
+        v: of the shape of f(x); ones by default, which of a scalar function is the gradient.
+
+    Returns:
+        f(x), and vᵀ ∂f/∂x of the shape of x.
+    """
+    x = ops.convert_to_tensor(x)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x)
+        return value, tape.gradient(value, x, v, unconnected_gradients="zero")
+    import jax
+
+    value, pull = jax.vjp(function, x)
+    return value, pull(ops.ones_like(value) if v is None else v)[0]
+
+
+def jacobian_trace(function: Callable, x):
+    """f(x) and the exact trace of its Jacobian, row by row: D products with the Jacobian.
+
+    Args:
+        function: (B, D) → (B, D), row by row.
+        x: (B, D), D known.
+
+    Returns:
+        f(x), (B, D), and tr ∂f/∂x, (B,).
+    """
+    x = ops.convert_to_tensor(x)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        # Vectorized in a graph; outside of one that would trace anew at every call, with a warning.
+        in_graph = not tf.executing_eagerly()
+        with tf.GradientTape(persistent=not in_graph) as tape:
+            tape.watch(x)
+            value = function(x)
+        jacobian = tape.batch_jacobian(value, x, experimental_use_pfor=in_graph)
+        return value, tf.linalg.trace(jacobian)
+    import jax
+
+    value, pull = jax.vjp(function, x)
+
+    def diagonal(unit):
+        return ops.sum(pull(ops.broadcast_to(unit, x.shape))[0] * unit, axis=-1)
+
+    return value, ops.sum(jax.vmap(diagonal)(ops.eye(x.shape[-1], dtype=x.dtype)), axis=0)

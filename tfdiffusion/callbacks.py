@@ -10,7 +10,7 @@ from pathlib import Path
 
 import keras
 
-from tfdiffusion import _defaults, checkpoints
+from tfdiffusion import checkpoints
 
 
 class _Periodic(keras.callbacks.Callback):
@@ -90,7 +90,7 @@ class SampleGrid(_Periodic):
         seconds: between two grids.
         num: how many images.
         label: classes; see `DiffusionModel.sample`.
-        steps: evaluations of the network an image.
+        steps: evaluations of the network an image; None for the model's default.
         seed: of the first image.
         columns: images in a row; about the square root of `num` when None.
     """
@@ -102,13 +102,14 @@ class SampleGrid(_Periodic):
         *,
         num: int = 16,
         label=None,
-        steps: int = _defaults.STEPS,
+        steps: int | None = None,
         seed: int = 0,
         columns: int | None = None,
     ):
         super().__init__(seconds)
         self.path, self.columns = Path(path), columns
-        self.request = {"num": num, "label": label, "steps": steps, "seed": seed}
+        request = {"num": num, "label": label, "steps": steps, "seed": seed}
+        self.request = {k: value for k, value in request.items() if value is not None}
 
     def act(self):
         """Draws."""

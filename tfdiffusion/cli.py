@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfdiffusion import _arguments
+from tfdiffusion import _arguments, _defaults
 from tfdiffusion._arguments import Failure, UsageError
 
 _CHUNK = 64  # images drawn between two movements of the progress bar; a GIF shows the first
@@ -213,6 +213,8 @@ def _train(args: argparse.Namespace) -> None:
 
     args.prediction = args.prediction or _PREDICTIONS.get(args.process, "v")
     _check_names(args)
+    if args.method != "diffusion":
+        _check_score_method(args)
     with _quietly(args.debug):  # on JAX, this is where Keras imports TensorFlow
         keras.utils.set_random_seed(args.seed)
     examples = _read(args)
@@ -417,6 +419,17 @@ def _check_names(args: argparse.Namespace) -> None:
         models.unet((8, 8, 1), size=args.size)
 
 
+def _check_score_method(args: argparse.Namespace) -> None:
+    if args.process != "cosine" or args.prediction != "v":
+        raise UsageError(
+            f"--process and --prediction belong to --method diffusion; {args.method} learns the "
+            "score on a ladder of noise levels that comes from the data."
+        )
+    if args.conditional:
+        raise UsageError(f"--conditional: --method {args.method} does not learn classes.")
+    args.conditional = False
+
+
 def _read(args: argparse.Namespace) -> Any:
     from tfdiffusion import data
 
@@ -446,6 +459,8 @@ def _model(args: argparse.Namespace, examples: Any) -> Any:
     from tfdiffusion import models, training
 
     dtype = args.mixed_precision and f"mixed_{args.mixed_precision}"
+    if args.method != "diffusion":
+        return _score_model(args, examples, dtype)
     edm = args.prediction == "edm"
     model = training.DiffusionModel(
         models.unet(examples.shape, examples.num_classes, args.size, dtype=dtype),
@@ -456,6 +471,18 @@ def _model(args: argparse.Namespace, examples: Any) -> Any:
         seed=args.seed,
         dtype=dtype,
     )
+    model.build((None, *examples.shape))
+    return model
+
+
+def _score_model(args: argparse.Namespace, examples: Any, dtype: str | None) -> Any:
+    from tfdiffusion import models, score_matching
+
+    images, _ = examples.arrays(10_000)
+    # Half of what the paper has for images in [0, 1] would be 0.01 of the range [-1, 1].
+    sigmas = score_matching.from_data(images, sigma_min=0.02)
+    network = models.refinenet(examples.shape, sigmas, args.method, args.size, dtype=dtype)
+    model = score_matching.ScoreModel(network, sigmas, seed=args.seed)
     model.build((None, *examples.shape))
     return model
 
@@ -503,22 +530,18 @@ def _draw(model: Any, args: argparse.Namespace, seeds: Any, labels: Any, with_pa
     """Images and, of the first of them, the way there; a chunk at a time, to show progress."""
     import numpy as np
 
-    request = {
-        "guidance": args.guidance,
-        "steps": args.steps,
-        "sampler": args.sampler,
-        "grid": args.grid,
-    }
+    request = _sampling(model, args)
+    if not _is_score_model(model):
+        request["guidance"] = args.guidance
     images, path = [], None
     with _drawing_bar(len(seeds)) as advance:
         for first in range(0, len(seeds), _CHUNK):
             rows = np.arange(first, min(first + _CHUNK, len(seeds)))
             # The last chunk is filled up: one shape, one compilation.
             filled = rows if len(seeds) <= _CHUNK else np.resize(rows, _CHUNK)
-            label = None if labels is None else labels[filled]
-            drawn = model.sample(
-                len(filled), label=label, seeds=seeds[filled], return_path=with_path, **request
-            )
+            if labels is not None:
+                request["label"] = labels[filled]
+            drawn = model.sample(len(filled), seeds=seeds[filled], return_path=with_path, **request)
             if with_path:
                 drawn, states = drawn
                 path = states if path is None else path
@@ -669,14 +692,7 @@ def _export(args: argparse.Namespace) -> None:
 
     with _work():
         try:
-            export.saved_model(
-                model,
-                folder,
-                steps=args.steps,
-                sampler=args.sampler,
-                grid=args.grid,
-                overwrite=args.overwrite,
-            )
+            export.saved_model(model, folder, overwrite=args.overwrite, **_sampling(model, args))
         except FileExistsError as error:
             raise UsageError(_one_line(error)) from error
     print(f"{folder}  a SavedModel: tf.saved_model.load({str(folder)!r}).signatures")
@@ -698,7 +714,7 @@ def _info(args: argparse.Namespace) -> None:
         "process": processes.name(model.process) + (f", {levels} noise levels" if levels else ""),
         "prediction": model.prediction.name,
         "network": f"{type(network).__name__} "
-        + ", ".join(f"{k}={config[k]}" for k in ("widths", "patch_size") if k in config),
+        + ", ".join(f"{k}={config[k]}" for k in ("width", "widths", "patch_size") if k in config),
         "parameters": f"{network.count_params():,}",
         "precision": network.dtype_policy.name,
         "makes": "x".join(map(str, model.sample_shape)),
@@ -756,8 +772,37 @@ def _check_sampling(model: Any, args: argparse.Namespace) -> None:
     from tfdiffusion import samplers
     from tfdiffusion.samplers.loop import resolve_grid
 
-    with _told(UsageError):
-        resolve_grid(model.raw, args.grid, args.steps, samplers.get(args.sampler))
+    request = _sampling(model, args)
+    if not _is_score_model(model):
+        with _told(UsageError):
+            sampler = samplers.get(request["sampler"])
+            resolve_grid(model.raw, request["grid"], request["steps"], sampler)
+
+
+def _is_score_model(model: Any) -> bool:
+    from tfdiffusion import score_matching
+
+    return isinstance(model, score_matching.ScoreModel)
+
+
+def _sampling(model: Any, args: argparse.Namespace) -> dict:
+    """What the options say of the way from noise to image, with the defaults filled in."""
+    if not _is_score_model(model):
+        if args.steps_per_level is not None:
+            raise UsageError("--steps-per-level: this is a diffusion model; use --steps.")
+        return {
+            "steps": args.steps or _defaults.STEPS,
+            "sampler": args.sampler or _defaults.SAMPLER,
+            "grid": args.grid or _defaults.GRID,
+        }
+    given = [f"--{name}" for name in ("steps", "sampler", "grid") if getattr(args, name)]
+    if given:
+        raise UsageError(
+            f"{' and '.join(given)}: this is a score model, sampled by annealed Langevin dynamics; "
+            "use --steps-per-level. (In Python, tfdiffusion.sample(model.denoiser(), ...) runs the "
+            "other samplers on it.)"
+        )
+    return {"steps_per_level": args.steps_per_level or 5}
 
 
 _COMMANDS = {

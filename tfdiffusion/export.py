@@ -21,6 +21,7 @@ where a row lies in a batch moves it by a rounding error; each row is therefore 
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from keras import ops
 from tfdiffusion import _backend, _defaults, random, samplers, times
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.samplers.loop import integrate, prior, resolve_grid, start_time
+from tfdiffusion.score_matching import ScoreModel, langevin
 from tfdiffusion.training import DiffusionModel
 
 # How many rows may be under way at once: memory grows with it, and a few keep all cores busy.
@@ -42,13 +44,14 @@ _PNG_CHANNELS = (1, 3, 4)
 
 
 def saved_model(
-    model: DiffusionModel,
+    model: DiffusionModel | ScoreModel,
     directory: str | os.PathLike,
     *,
     steps: int = _defaults.STEPS,
     sampler: str | samplers.Sampler = _defaults.SAMPLER,
     grid: str | Sequence[float] = _defaults.GRID,
     threshold: str | None = "auto",
+    steps_per_level: int = 5,
     batch_invariant: bool = True,
     overwrite: bool = False,
 ) -> Path:
@@ -78,6 +81,8 @@ def saved_model(
         sampler: a `Sampler` or its name.
         grid: see `tfdiffusion.times.grid`.
         threshold: see `DiffusionModel.guided`.
+        steps_per_level: of a `ScoreModel`, which has its own sampler, annealed Langevin dynamics,
+            and no use for the four arguments above; it gives no `sample_steps`.
         batch_invariant: False computes a batch at once, which halves the time of 16 images on a
             CPU and is a must for large batches on a GPU; an image then depends on its neighbours
             by a rounding error, which can move a pixel by 1.
@@ -88,19 +93,24 @@ def saved_model(
 
     Raises:
         RuntimeError: If Keras does not run on TensorFlow.
-        TypeError: If the model is not a `DiffusionModel`.
+        TypeError: If the model is neither a `DiffusionModel` nor a `ScoreModel`.
         ValueError: If the model is not built, a name is unknown, or a number out of range.
         FileExistsError: If something is there that may not be replaced.
     """
     _check_backend()
     _check_model(model)
-    sampler = samplers.get(sampler)
-    resolve_grid(model.raw, grid, steps, sampler)
-    model.guided(threshold=threshold)
+    if isinstance(model, ScoreModel):
+        request = model.langevin_request(steps_per_level)
+        make = functools.partial(_ScoreGraph, model, request, batch_invariant)
+    else:
+        sampler = samplers.get(sampler)
+        resolve_grid(model.raw, grid, steps, sampler)
+        model.guided(threshold=threshold)
+        make = functools.partial(_Graph, model, sampler, grid, steps, threshold, batch_invariant)
     directory = _check_directory(Path(directory), overwrite)
     import tensorflow as tf
 
-    graph = _Graph(model, sampler, grid, steps, threshold, batch_invariant)
+    graph = make()
     module = tf.Module()
     module.weights = [weight for _, weight in graph.weights]
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -277,6 +287,39 @@ class _Graph:
             return [tf.identity(row) for row in rows]
 
 
+class _ScoreGraph(_Graph):
+    """The same for a score model: annealed Langevin dynamics inside.
+
+    Args:
+        model: a `ScoreModel`.
+        request: what `langevin.annealed` takes.
+        batch_invariant: see `saved_model`.
+    """
+
+    def __init__(self, model, request, batch_invariant):
+        import tensorflow as tf
+
+        self.request = request
+        self.score = tf.function(self._score, autograph=False)
+        levels = model.num_levels
+        every_level = [1.0 - level / levels for level in range(levels)]
+        super().__init__(model, None, every_level, levels, None, batch_invariant)
+
+    def _score(self, x, level):
+        with _backend.substituted(self.weights):
+            return self.model.raw.predict(x, self.model.time_of(level))
+
+    def _sample(self, visited, seed):
+        """The loop over levels and steps: seeds (B,) → (B, *shape)."""
+        del visited  # the ladder is the model's
+
+        def run(seed):
+            noise = langevin.noise_of(random.keys(seed), self.shape)
+            return langevin.annealed(self.score, self.model.sigmas, noise, **self.request)
+
+        return self._each(run, (seed,))
+
+
 class _Traced(Denoiser):
     """A denoiser whose graph exists once, however often a sampler calls it.
 
@@ -319,9 +362,10 @@ def _check_backend() -> None:
 
 
 def _check_model(model) -> None:
-    if not isinstance(model, DiffusionModel):
+    if not isinstance(model, DiffusionModel | ScoreModel):
         raise TypeError(
-            f"Only a tfd.DiffusionModel can be exported. Received a {type(model).__name__}."
+            "Only a tfd.DiffusionModel or ScoreModel can be exported. "
+            f"Received a {type(model).__name__}."
         )
     if model.sample_shape is None:
         raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")

@@ -8,6 +8,7 @@ give the objective and a way to sample: `DiffusionModel` and `score_matching.Sco
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -27,7 +28,7 @@ _NOT_FINITE, _OUT_OF_RANGE, _BAD_LABEL, _DIVERGED = 1, 2, 3, 4
 _FAULTS = {
     _NOT_FINITE: "its data hold NaN or infinite values. Find and fix these images",
     _OUT_OF_RANGE: "its images leave [-1, 1]. Bytes become that by x / 127.5 - 1; for data without "
-    "such a range make the model with DiffusionModel(..., bounded=False)",
+    "such a range make the model with bounded=False",
     _BAD_LABEL: "it has labels outside 0 to {last}, the classes of the network",
     _DIVERGED: "the loss or its gradient became NaN or infinite. Use a smaller learning rate, or "
     "clip gradients: keras.optimizers.Adam(..., clipnorm=1.0)",
@@ -481,7 +482,7 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
             raise ValueError(
                 f"Images must lie in [-1, 1]. Received values from {low:g} to {high:g}. Bytes "
                 "become that by x / 127.5 - 1; for data without such a range make the model with "
-                "DiffusionModel(..., bounded=False)."
+                "bounded=False."
             )
         if isinstance(y, np.ndarray) and self.num_classes is not None and y.dtype.kind in "iu":
             if len(y) and (y.min() < 0 or y.max() >= self.num_classes):
@@ -550,6 +551,54 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         for theirs, mine in zip(self.network.variables, model.network.variables):
             mine.assign(values[id(theirs)])
         return model
+
+
+def check_seeds(num: int, seed: int, seeds) -> np.ndarray:
+    """The seeds of `num` samples: int (num,), by default counted on from `seed`.
+
+    Raises:
+        ValueError: If `num` is not an integer >= 1, or the seeds are not so many integers.
+    """
+    if not isinstance(num, int | np.integer) or num < 1:
+        raise ValueError(f"num must be an integer >= 1. Received num={num!r}.")
+    seeds = np.arange(num, dtype=np.int64) + int(seed) if seeds is None else np.asarray(seeds)
+    if seeds.shape != (num,) or seeds.dtype.kind not in "iu":
+        raise ValueError(f"seeds must be {num} integers. Received shape {seeds.shape}.")
+    return seeds
+
+
+def in_batches(run: Callable, rows: Sequence, num: int, batch_size: int, return_path: bool = False):
+    """Runs a compiled sampler on at most `batch_size` rows at a time.
+
+    Args:
+        run: takes tensors of equal length, gives samples (B, ...), or (samples, path (S, B, ...)).
+        rows: arrays or tensors (num, ...).
+        num: how many rows.
+        batch_size: >= 1.
+        return_path: whether `run` gives a path.
+
+    Returns:
+        NumPy float32 (num, ...), or (samples, path (S, num, ...)).
+
+    Raises:
+        ValueError: If the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1. Received batch_size={batch_size}.")
+    rows = [ops.convert_to_numpy(row) for row in rows]
+    chunks = []
+    for first in range(0, num, batch_size):
+        chosen = np.arange(first, min(first + batch_size, num))
+        # Pad the last chunk: one shape, one compilation.
+        padded = np.resize(chosen, batch_size) if num > batch_size else chosen
+        result = run(*(ops.convert_to_tensor(row[padded]) for row in rows))
+        outputs = [ops.convert_to_numpy(r) for r in (result if return_path else (result,))]
+        keep = len(chosen)
+        chunks.append([outputs[0][:keep], *(path[:, :keep] for path in outputs[1:])])
+    samples = np.concatenate([chunk[0] for chunk in chunks])
+    if not return_path:
+        return samples
+    return samples, np.concatenate([chunk[1] for chunk in chunks], axis=1)
 
 
 def _wrong_dtype(dtype) -> str:

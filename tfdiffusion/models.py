@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tfdiffusion.fitting import NoiseConditionalModel
     from tfdiffusion.networks import UNet
-    from tfdiffusion.training import DiffusionModel
+    from tfdiffusion.score_matching import NCSN, NCSNv2
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
 _IN_RUN_FOLDER = "model.keras"
@@ -78,7 +79,7 @@ def _in_folder(folder: Path) -> Path:
     raise FileNotFoundError(f"The folder {str(folder)!r} has no {_IN_RUN_FOLDER}.")
 
 
-def load(model: str | os.PathLike, compile: bool = False) -> DiffusionModel:
+def load(model: str | os.PathLike, compile: bool = False) -> NoiseConditionalModel:
     """Loads a model, to sample from it or to train on (then compile it again).
 
     Args:
@@ -86,17 +87,17 @@ def load(model: str | os.PathLike, compile: bool = False) -> DiffusionModel:
         compile: whether to bring the optimizer back too, with its state.
 
     Returns:
-        The model, not compiled by default.
+        The model, a `DiffusionModel` or a `score_matching.ScoreModel`, not compiled by default.
 
     Raises:
         FileNotFoundError: See `path`.
-        ValueError: If the file is damaged, or holds something else than a `DiffusionModel`.
+        ValueError: If the file is damaged, or holds something else.
     """
     file = path(model)
     import keras
 
     # Registers what a model may hold.
-    from tfdiffusion import networks, training, variational  # noqa: F401
+    from tfdiffusion import fitting, networks, score_matching, training, variational  # noqa: F401
 
     try:
         loaded = keras.saving.load_model(file, compile=compile)
@@ -105,9 +106,10 @@ def load(model: str | os.PathLike, compile: bool = False) -> DiffusionModel:
         raise ValueError(
             f"{str(file)!r} cannot be read as a Keras model; it may be incomplete ({reason})."
         ) from error
-    if not isinstance(loaded, training.DiffusionModel):
+    if not isinstance(loaded, fitting.NoiseConditionalModel):
         raise ValueError(
-            f"{str(file)!r} holds a {type(loaded).__name__}, not a tfdiffusion.DiffusionModel."
+            f"{str(file)!r} holds a {type(loaded).__name__}, not a tfdiffusion.DiffusionModel or "
+            "ScoreModel."
         )
     return loaded
 
@@ -162,6 +164,48 @@ def unet(
         num_classes=num_classes,
         dtype=dtype,
     )
+
+
+def refinenet(
+    shape: Sequence[int],
+    sigmas: Sequence[float],
+    method: str = "ncsnv2",
+    size: str = "small",
+    dtype: str | None = None,
+) -> NCSN | NCSNv2:
+    """Makes a score network that fits images of a shape, in patches where they are large.
+
+    >>> network = tfd.models.refinenet((28, 28, 1), sigmas)  # width 32 on patches of 2
+
+    Args:
+        shape: (H, W, C) of one image.
+        sigmas: its ladder of noise levels, falling.
+        method: "ncsn" or "ncsnv2".
+        size: "small" (width 32, on at most 16 positions a side) or "base" (the published width of
+            128, on at most 32).
+        dtype: Keras dtype policy, such as "mixed_bfloat16".
+
+    Returns:
+        A network, not yet built.
+
+    Raises:
+        ValueError: If a name is unknown, the shape is not that of images, or its sides are odd.
+    """
+    from tfdiffusion import _names, score_matching
+
+    finest, _, _ = _names.look_up("size", size, _SIZES)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"Expected the shape of an image, (H, W, C). Received {tuple(shape)}.")
+    make = _names.look_up(
+        "method",
+        method,
+        {
+            "ncsn": lambda **config: score_matching.NCSN(len(sigmas), **config),
+            "ncsnv2": lambda **config: score_matching.NCSNv2(sigmas, **config),
+        },
+    )
+    patch_size, _ = _plan([int(side) for side in shape[:2]], finest, 2)
+    return make(width=32 if size == "small" else 128, patch_size=patch_size, dtype=dtype)
 
 
 def _plan(sides: list[int], finest: int, levels: int) -> tuple[int, list[list[int]]]:

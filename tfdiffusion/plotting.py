@@ -631,12 +631,7 @@ def field_2d(
         raise ValueError(f"resolution={resolution}; expected at least 2 arrows along each axis.")
     margin = (limits[1] - limits[0]) / (2 * resolution)
     places = _mesh((limits[0] + margin, limits[1] - margin), resolution)
-    vectors = np.asarray(fn(places), "float64")
-    if vectors.shape != places.shape:
-        raise ValueError(f"fn gave shape {vectors.shape} for points of shape {places.shape}.")
-    if not np.all(np.isfinite(vectors)):
-        bad = int(np.sum(~np.isfinite(vectors).all(axis=1)))
-        raise ValueError(f"fn gave NaN or infinite vectors at {bad} of {len(places)} points.")
+    vectors = _vectors(fn, places)
 
     figure, axes = _figure(1, 1, 5.6, 4.8)
     ax = axes[0]
@@ -649,16 +644,128 @@ def field_2d(
     if points is not None:
         size = float(np.clip(6000 / len(points), 1.5, 12))
         ax.scatter(*points.T, s=size, alpha=0.5, color=_PALETTE[4], linewidths=0)
-    norms = np.linalg.norm(vectors, axis=1)
-    lengths = np.sqrt(norms / max(norms.max(), 1e-30))
-    spacing = (limits[1] - limits[0]) / resolution
-    arrows = vectors / np.maximum(norms, 1e-30)[:, None] * (0.95 * spacing * lengths)[:, None]
-    quiver = ax.quiver(
-        *places.T, *arrows.T, norms, cmap="viridis", angles="xy", scale_units="xy", scale=1
-    )
+    quiver = _arrows(ax, places, vectors, (limits[1] - limits[0]) / resolution)
     figure.colorbar(quiver, ax=ax, label="norm", shrink=0.85)
     ax.set(title=title or "", xlim=limits, ylim=limits, aspect="equal")
     return _save(figure, path)
+
+
+def compare_fields_2d(
+    learned: Callable[[np.ndarray], Any],
+    exact: Callable[[np.ndarray], Any],
+    path: str | os.PathLike | None = None,
+    limits: tuple[float, float] | None = None,
+    samples: Any = None,
+    resolution: int = 20,
+    titles: Sequence[str] = ("exact", "learned", "error"),
+) -> Figure:
+    """Draw an exact vector field, a learned one, and the difference, on one scale.
+
+    Args:
+        learned: maps points, `float32` of shape (N, 2), to vectors of shape (N, 2).
+        exact: the same.
+        path: where to save it, `.png`, `.pdf` or `.svg`; not saved when None.
+        limits: (low, high) of both axes; around `samples` when None, else (-2, 2).
+        samples: (M, 2) points to draw below the arrows.
+        resolution: arrows along each axis.
+        titles: of the three panels. Behind that of the third stands the root mean square of the
+            error relative to that of the exact field, over the lattice.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: on a wrong shape, or on values of a field that are not finite.
+    """
+    points = None if samples is None else _points(samples, "samples")
+    limits = (-2.0, 2.0) if limits is None and points is None else _limits(limits, points)
+    if resolution < 2:
+        raise ValueError(f"resolution={resolution}; expected at least 2 arrows along each axis.")
+    spacing = (limits[1] - limits[0]) / resolution
+    places = _mesh((limits[0] + spacing / 2, limits[1] - spacing / 2), resolution)
+    true, found = _vectors(exact, places), _vectors(learned, places)
+    error = math.sqrt(np.sum((found - true) ** 2) / max(np.sum(true**2), 1e-30))
+    largest = max(np.linalg.norm(field, axis=1).max() for field in (true, found))
+    figure, axes = _figure(1, 3, 12.6, 4.2, same_axes=True)
+    panels = (true, found, found - true)
+    titles = [*titles[:2], f"{titles[2]} ({100 * error:.0f}% of the field)"]
+    for ax, field, title in zip(axes, panels, titles):
+        ax.grid(False)
+        if points is not None:
+            size = float(np.clip(6000 / len(points), 1.5, 12))
+            ax.scatter(*points.T, s=size, alpha=0.4, color=_PALETTE[4], linewidths=0)
+        quiver = _arrows(ax, places, field, spacing, largest)
+        ax.set(title=title, xlim=limits, ylim=limits, aspect="equal")
+    figure.colorbar(quiver, ax=axes, label="norm", shrink=0.85)
+    return _save(figure, path)
+
+
+def costs(
+    sizes: Sequence[float],
+    seconds: Mapping[str, Sequence[float]],
+    path: str | os.PathLike | None = None,
+    xlabel: str = "dimension",
+) -> Figure:
+    """Draw times against a size, both logarithmic, with a slope to read them by.
+
+    Args:
+        sizes: (N,), positive.
+        seconds: name → (N,) times; NaN where none was taken.
+        path: where to save it, `.png`, `.pdf` or `.svg`; not saved when None.
+        xlabel: what the sizes are.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: if the lengths differ or nothing is there to draw.
+    """
+    sizes = np.asarray(sizes, "float64")
+    for name, values in seconds.items():
+        if len(values) != len(sizes):
+            raise ValueError(f"{name!r} has {len(values)} times for {len(sizes)} sizes.")
+    if not seconds or not len(sizes):
+        raise ValueError("There is nothing to draw: no times or no sizes.")
+    figure, axes = _figure(1, 1, 6.4, 4.2)
+    ax = axes[0]
+    for i, (name, values) in enumerate(seconds.items()):
+        milliseconds = 1000 * np.asarray(values, "float64")
+        colour = _PALETTE[i % len(_PALETTE)]
+        ax.plot(sizes, milliseconds, "o-", markersize=3.5, color=colour, label=name)
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="milliseconds")
+    ax.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _vectors(fn: Callable[[np.ndarray], Any], places: np.ndarray) -> np.ndarray:
+    """A field's vectors at places, checked."""
+    vectors = np.asarray(fn(places), "float64")
+    if vectors.shape != places.shape:
+        raise ValueError(f"fn gave shape {vectors.shape} for points of shape {places.shape}.")
+    if not np.all(np.isfinite(vectors)):
+        bad = int(np.sum(~np.isfinite(vectors).all(axis=1)))
+        raise ValueError(f"fn gave NaN or infinite vectors at {bad} of {len(places)} points.")
+    return vectors
+
+
+def _arrows(
+    ax: Axes, places: np.ndarray, vectors: np.ndarray, spacing: float, largest: float | None = None
+) -> Any:
+    """Arrows with lengths as the square root of the norms, and colours as the norms."""
+    norms = np.linalg.norm(vectors, axis=1)
+    largest = max(norms.max() if largest is None else largest, 1e-30)
+    lengths = np.sqrt(norms / largest)
+    arrows = vectors / np.maximum(norms, 1e-30)[:, None] * (0.95 * spacing * lengths)[:, None]
+    return ax.quiver(
+        *places.T,
+        *arrows.T,
+        norms,
+        cmap="viridis",
+        clim=(0.0, largest),
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+    )
 
 
 def _points(points: Any, name: str) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 
 from tfdiffusion import _defaults, callbacks, checkpoints, models
 from tfdiffusion.data import Examples
+from tfdiffusion.fitting import NoiseConditionalModel
 from tfdiffusion.training import DiffusionModel
 
 #: What a run may leave in its folder.
@@ -88,7 +89,7 @@ class Run:
     """
 
     folder: Path
-    model: DiffusionModel
+    model: NoiseConditionalModel
     examples: Examples
     held_out: Examples | None
     steps: int
@@ -285,6 +286,8 @@ class Run:
         in_row = columns(self.model.num_classes)
         num = max(min(_SAMPLE_PIXELS // 50 // int(np.prod(self.examples.shape)), 100), 4)
         num = max(num // (in_row or 1), 1) * (in_row or 1)
+        if not isinstance(self.model, DiffusionModel):  # a score model, which takes longer
+            return {"num": min(num, 36), "columns": None}
         return {
             "num": num,
             "label": labels_in_turn(num, self.model.num_classes),
@@ -296,7 +299,7 @@ class Run:
         """Writes the SavedModel; see `tfdiffusion.export`."""
         from tfdiffusion import export
 
-        steps = self._pictures()["steps"]
+        steps = self._pictures().get("steps", _defaults.STEPS)
         return export.saved_model(self.model, self.folder / SAVED_MODEL, steps=steps)
 
 

@@ -31,6 +31,8 @@ from tfdiffusion.fitting import (
     ExponentialMovingAverage,
     LossByNoiseLevel,
     NoiseConditionalModel,
+    check_seeds,
+    in_batches,
 )
 from tfdiffusion.guidance import ClassifierFreeGuidance
 from tfdiffusion.samplers.loop import integrate, prior, resolve_grid
@@ -249,8 +251,6 @@ class DiffusionModel(NoiseConditionalModel):
         if self.sample_shape is None:
             raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")
         seeds, labels, scales = self._check_request(num, label, guidance, seed, seeds)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1. Received batch_size={batch_size}.")
         self._start_average()
         sampler = samplers.get(sampler)
         visited = resolve_grid(self.raw, grid, steps, sampler)
@@ -258,25 +258,18 @@ class DiffusionModel(NoiseConditionalModel):
         run = self._compiled_sampler(
             sampler, labels is not None, guided, threshold, ema, return_path
         )
-        chunks = []
-        for first in range(0, num, batch_size):
-            rows_ = np.arange(first, min(first + batch_size, num))
-            # Pad the last chunk: one shape, one compilation.
-            padded = np.resize(rows_, batch_size) if num > batch_size else rows_
-            inputs = [random.keys(seeds[padded])]
-            if labels is not None:
-                inputs.append(ops.convert_to_tensor(labels[padded], dtype="int32"))
-            if guided:
-                inputs.append(ops.convert_to_tensor(scales[padded], dtype="float32"))
-            *result, report = run(visited, *inputs)
+        rows = [random.keys(seeds)]
+        if labels is not None:
+            rows.append(labels.astype("int32"))
+        if guided:
+            rows.append(scales.astype("float32"))
+
+        def draw(*rows):
+            *result, report = run(visited, *rows)
             sampler.check(report)
-            outputs = [ops.convert_to_numpy(r) for r in result]
-            keep = len(rows_)
-            chunks.append([outputs[0][:keep], *(path[:, :keep] for path in outputs[1:])])
-        images = np.concatenate([chunk[0] for chunk in chunks])
-        if not return_path:
-            return images
-        return images, np.concatenate([chunk[1] for chunk in chunks], axis=1)
+            return result if return_path else result[0]
+
+        return in_batches(draw, rows, num, batch_size, return_path)
 
     def _compiled_sampler(self, sampler, conditional, guided, threshold, ema, return_path):
         """One compiled loop for each kind of request, kept for the next."""
@@ -303,11 +296,7 @@ class DiffusionModel(NoiseConditionalModel):
         return self._compiled_samplers[key]
 
     def _check_request(self, num, label, guidance, seed, seeds):
-        if not isinstance(num, int | np.integer) or num < 1:
-            raise ValueError(f"num must be an integer >= 1. Received num={num!r}.")
-        seeds = np.arange(num, dtype=np.int64) + int(seed) if seeds is None else np.asarray(seeds)
-        if seeds.shape != (num,) or seeds.dtype.kind not in "iu":
-            raise ValueError(f"seeds must be {num} integers. Received shape {seeds.shape}.")
+        seeds = check_seeds(num, seed, seeds)
         scales = _for_each_row("guidance", guidance, num)
         if label is None:
             if (scales != 1.0).any():
