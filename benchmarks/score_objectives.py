@@ -40,7 +40,7 @@ def seconds(objective: str, dimension: int, batch: int, repeats: int) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="score_objectives.png")
-    parser.add_argument("--dimensions", type=int, nargs="+", default=[2, 8, 32, 128, 512])
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[2, 16, 128, 512])
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()

@@ -272,6 +272,7 @@ assert (alone == samples[1:2]).all()
 
 
 @pytest.mark.skipif(not TENSORFLOW, reason="a SavedModel is TensorFlow's")
+@pytest.mark.slow
 def test_the_savedmodel_of_images_makes_pictures(tmp_path):
     import tensorflow as tf
 
