@@ -200,7 +200,15 @@ CONFIGURATIONS = [
 ]
 
 
-@pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=lambda a: " ".join(map(str, a.values())))
+def described(arguments):
+    """A name for a test, the same in every process."""
+    values = (
+        v if isinstance(v, (str, float, int)) else type(v).__name__ for v in arguments.values()
+    )
+    return " ".join(map(str, values))
+
+
+@pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=described)
 def test_configurations_survive(arguments):
     model = DiffusionModel(networks.MLP(width=4, depth=1), **arguments)
     config = keras.saving.serialize_keras_object(model)
