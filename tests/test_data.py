@@ -471,6 +471,19 @@ def test_mnist():
     assert 0.11 < (x + 1).mean() / 2 < 0.15
 
 
+def test_batches_can_follow_the_steps_of_a_model():
+    """Whoever is asked when an epoch begins decides which one it is."""
+    done = {"steps": 0}
+    examples = data.read((np.zeros((10, 2), "float32") + np.arange(10)[:, None], np.arange(10)))
+    following = examples.batches(3, seed=1, from_step=lambda: done["steps"])
+    endless = [label.numpy() for _, label in examples.batches(3, seed=1, from_step=0).take(9)]
+    assert following.cardinality() == 3
+    for epoch in (0, 2, 1):
+        done["steps"] = 3 * epoch
+        labels = [label.numpy() for _, label in following]
+        np.testing.assert_array_equal(labels, endless[3 * epoch : 3 * epoch + 3])
+
+
 @needs_mnist
 def test_streamed_sets_have_the_same_examples():
     options = dict(split="test[:300]", image_size=16, channels=3, data_dir=prepared_sets())
