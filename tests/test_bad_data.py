@@ -167,7 +167,8 @@ def test_data_without_a_range_are_welcome_when_one_says_so():
     again.build((None, 2, 2, 1))
     assert not again.bounded
     # Nor does sampling hold them in a range.
-    plain, clipped = (model.sample(8, steps=3, threshold=t) for t in ("auto", "clip"))
+    request = {"num": 8, "steps": 3, "sampler": "ddpm", "grid": "uniform"}
+    plain, clipped = (model.sample(**request, threshold=t) for t in ("auto", "clip"))
     assert np.abs(clipped).max() <= 1.0 < np.abs(plain).max()
 
 

@@ -181,6 +181,10 @@ class LossByNoiseLevel(_CheckedMetric):
 class _StopAtFault(keras.callbacks.Callback):
     """Raises at the batch that was refused; put first, so that nobody saves in between."""
 
+    def on_train_begin(self, logs=None):
+        """Starts the averages of a model that Keras has only built now."""
+        self.model._start_average()
+
     def on_train_batch_end(self, batch, logs=None):
         """Looks at the loss of the step."""
         if math.isnan(float(logs["loss"])):

@@ -31,6 +31,7 @@ _MIN_HISTORY = 20  # entries, so that a run of few epochs has a curve too
 _VALIDATIONS = 8
 _MAX_HELD_OUT = 1000
 _WARM_UP_SHARE = 0.05  # of the steps
+_FRAMES = 40  # of the film from noise to images
 _SAMPLE_PIXELS = 2**20  # that the pictures of a run hold together, in all their channels
 # Attributes of a run that its checkpoint holds by their names.
 _NOTED = (
@@ -269,6 +270,9 @@ class Run:
 
         pictures = self._pictures()
         in_row = pictures.pop("columns")
+        if "steps" in pictures:  # many even ones, for the film
+            most = self.model.process.num_timesteps or _FRAMES
+            pictures |= {"steps": min(_FRAMES, most), "grid": "uniform"}
         images, path = self.model.sample(**pictures, return_path=True)
         plotting.save_grid(images, self.folder / "samples.png", columns=in_row)
         plotting.save_path_gif(path, self.folder / "sampling.gif", columns=in_row)
