@@ -75,7 +75,7 @@ results["replicas"] = [float(v) for v in strategy.experimental_local_results(los
 
 with strategy.scope():
     constant = made(rate=0.0)
-results["constant"] = fit(constant, epochs=40).history["loss"]
+results["constant"] = fit(constant, epochs=15).history["loss"]
 print(json.dumps(results))
 """
 )
@@ -159,10 +159,10 @@ def test_a_mirrored_strategy(tmp_path):
     # With constant weights the loss of every step has one expectation, on any number of devices.
     namespace = {}
     exec(COMMON, namespace)
-    alone = namespace["fit"](namespace["made"](rate=0.0), epochs=40).history["loss"]
+    alone = namespace["fit"](namespace["made"](rate=0.0), epochs=15).history["loss"]
     error = np.hypot(*(np.std(x, ddof=1) / np.sqrt(len(x)) for x in (alone, results["constant"])))
     assert abs(np.mean(alone) - np.mean(results["constant"])) < 4 * error
-    assert error < 0.1 * np.mean(alone)
+    assert error < 0.2 * np.mean(alone)
 
 
 @on_tensorflow

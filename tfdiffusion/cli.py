@@ -42,7 +42,7 @@ _FLAGS = {
     r"\bprediction=": "--prediction ",
     r"\bsteps=": "--steps ",
     r"\boverwrite=True\b": "--overwrite",
-    r"\ba smaller learning rate, or clip gradients: .*clipnorm=1\.0\)": "a smaller --learning-rate.",
+    r"\ba smaller learning rate, or clip gradients: .*=1\.0\)": "a smaller --learning-rate.",
 }
 
 
