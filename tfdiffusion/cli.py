@@ -273,7 +273,7 @@ def _take_over(args: argparse.Namespace, begun: dict, folder: Path) -> None:
                 f"{begun.get(name)}. Leave {option} out to go on with it, or name another --out."
             )
     for name, value in begun.items():
-        if name not in _ANY_TIME or (name == "data_dir" and args.data_dir is None):
+        if name not in _ANY_TIME or (name in ("data_dir", "export") and name not in args.given):
             setattr(args, name, value)
 
 
