@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from tfdiffusion import networks
+from tfdiffusion import _backend, networks
 from tfdiffusion.networks import MLP, GroupNormalization, TimeEmbedding, UNet
 from tfdiffusion.networks.unet import from_patches, to_patches
 
@@ -272,6 +272,23 @@ def test_group_normalization_has_the_right_second_derivative():
 
         actual = jax.jacfwd(jax.grad(along))(0.0)
     np.testing.assert_allclose(float(actual), expected, rtol=1e-3)
+
+
+def test_networks_for_points_have_the_right_second_derivative():
+    """Against differences of the first: score matching trains on it."""
+    network = ready(mlp())
+    time = np.array([10.0, 500.0, 900.0], "float32")
+    x, v = np.random.default_rng(3).normal(size=(2, 3, 2)).astype("float32")
+
+    def gradient(x):
+        call = lambda x: ops.sum(network({"x": x, "time": time}) ** 2, axis=-1)  # noqa: E731
+        return _backend.vjp(call, x, ops.ones((3,)))[1]
+
+    product = numpy_of(_backend.vjp(gradient, x, v)[1])
+    step = 1e-2
+    ahead, behind = (numpy_of(gradient(x + sign * step * v)) for sign in (1, -1))
+    np.testing.assert_allclose(product, (ahead - behind) / (2 * step), rtol=0.02, atol=0.003)
+    assert np.abs(product).max() > 0.05
 
 
 def test_group_normalization_modulates_and_activates():

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from tfdiffusion.networks.layers import (
+    GroupNormalization,
     TimeEmbedding,
     check_inputs,
     label_embedding,
@@ -32,7 +33,9 @@ class ResidualDense(keras.layers.Layer):
         super().__init__(**kwargs)
         self.width = positive_int("width", width)
         policy = self.dtype_policy
-        self.norm = keras.layers.LayerNormalization(epsilon=1e-6, dtype=policy, name="norm")
+        # One group is layer normalization. Keras' own has a wrong second derivative on TensorFlow
+        # (its variance stops a gradient), which implicit and sliced score matching would exploit.
+        self.norm = GroupNormalization(1, epsilon=1e-6, dtype=policy, name="norm")
         self.dense_1 = keras.layers.Dense(self.width, dtype=policy, name="dense_1")
         self.embed = keras.layers.Dense(self.width, dtype=policy, name="embed")
 
@@ -113,7 +116,7 @@ class MLP(keras.Model):
         self.label_embedding = label_embedding(num_classes, self.width)
         self.dense_in = keras.layers.Dense(self.width, dtype=policy, name="dense_in")
         self.blocks = [ResidualDense(self.width, dtype=policy) for _ in range(self.depth)]
-        self.norm_out = keras.layers.LayerNormalization(epsilon=1e-6, dtype=policy, name="norm_out")
+        self.norm_out = GroupNormalization(1, epsilon=1e-6, dtype=policy, name="norm_out")
 
     def build(self, input_shape):
         check_inputs(input_shape, self.num_classes)
