@@ -625,12 +625,7 @@ def field_2d(
     Raises:
         ValueError: on a wrong shape, or on values of the field that are not finite.
     """
-    points = None if samples is None else _points(samples, "samples")
-    limits = (-2.0, 2.0) if limits is None and points is None else _limits(limits, points)
-    if resolution < 2:
-        raise ValueError(f"resolution={resolution}; expected at least 2 arrows along each axis.")
-    margin = (limits[1] - limits[0]) / (2 * resolution)
-    places = _mesh((limits[0] + margin, limits[1] - margin), resolution)
+    points, limits, places, spacing = _lattice(samples, limits, resolution)
     vectors = _vectors(fn, places)
 
     figure, axes = _figure(1, 1, 5.6, 4.8)
@@ -644,7 +639,7 @@ def field_2d(
     if points is not None:
         size = float(np.clip(6000 / len(points), 1.5, 12))
         ax.scatter(*points.T, s=size, alpha=0.5, color=_PALETTE[4], linewidths=0)
-    quiver = _arrows(ax, places, vectors, (limits[1] - limits[0]) / resolution)
+    quiver = _arrows(ax, places, vectors, spacing)
     figure.colorbar(quiver, ax=ax, label="norm", shrink=0.85)
     ax.set(title=title or "", xlim=limits, ylim=limits, aspect="equal")
     return _save(figure, path)
@@ -677,12 +672,7 @@ def compare_fields_2d(
     Raises:
         ValueError: on a wrong shape, or on values of a field that are not finite.
     """
-    points = None if samples is None else _points(samples, "samples")
-    limits = (-2.0, 2.0) if limits is None and points is None else _limits(limits, points)
-    if resolution < 2:
-        raise ValueError(f"resolution={resolution}; expected at least 2 arrows along each axis.")
-    spacing = (limits[1] - limits[0]) / resolution
-    places = _mesh((limits[0] + spacing / 2, limits[1] - spacing / 2), resolution)
+    points, limits, places, spacing = _lattice(samples, limits, resolution)
     true, found = _vectors(exact, places), _vectors(learned, places)
     error = math.sqrt(np.sum((found - true) ** 2) / max(np.sum(true**2), 1e-30))
     largest = max(np.linalg.norm(field, axis=1).max() for field in (true, found))
@@ -860,3 +850,18 @@ def _write(path: Path, data: bytes) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _lattice(samples: Any, limits: Any, resolution: int) -> tuple:
+    """(samples as points, limits of both axes, where arrows stand, how far apart they are)."""
+    points = None if samples is None else _points(samples, "samples")
+    limits = (-2.0, 2.0) if limits is None and points is None else _limits(limits, points)
+    if resolution < 2:
+        raise ValueError(f"resolution={resolution}; expected at least 2 arrows along each axis.")
+    spacing = (limits[1] - limits[0]) / resolution
+    return (
+        points,
+        limits,
+        _mesh((limits[0] + spacing / 2, limits[1] - spacing / 2), resolution),
+        spacing,
+    )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import ClassVar
 
 from keras import ops
 
@@ -70,20 +71,26 @@ def _seen_from(new, places) -> tuple:
     return tuple(ops.cast(place - new, _backend.TIME_DTYPE) for place in places)
 
 
-def _check_order(sampler: Sampler, most: int) -> None:
-    if sampler.order not in range(1, most + 1):
-        raise ValueError(
-            f"{type(sampler).__name__} has orders 1 to {most}. Received order={sampler.order!r}."
-        )
+class _OfOrder(Sampler):
+    """A solver that comes in orders, 1 to the highest."""
+
+    order: int
+    highest: ClassVar[int]
+
+    def __post_init__(self):
+        if self.order not in range(1, self.highest + 1):
+            raise ValueError(
+                f"{type(self).__name__} has orders 1 to {self.highest}. "
+                f"Received order={self.order!r}."
+            )
 
 
-class _Multistep(Sampler):
+class _Multistep(_OfOrder):
     """Carries x, earlier values, their places on a clock that now stands at 0, and how many
     evaluations are left.
     """  # noqa: D205
 
     reversible = True
-    order: int
     #: Runs of fewer evaluations go back to lower orders in their last steps; None: all runs.
     settles: int | None = 15
 
@@ -129,8 +136,7 @@ class DPMSolverPP(_Multistep):
     order: int = 2
     curvature: float = 0.5
 
-    def __post_init__(self):
-        _check_order(self, 3)
+    highest = 3
 
     def move(self, denoiser, x_t, past, places, t, s, keys):
         """See base class."""
@@ -158,8 +164,7 @@ class SDEDPMSolverPP(_Multistep):
 
     reversible = False
 
-    def __post_init__(self):
-        _check_order(self, 2)
+    highest = 2
 
     def move(self, denoiser, x_t, past, places, t, s, keys):
         """See base class."""
@@ -201,8 +206,7 @@ class DEIS(_NoiseMultistep):
 
     order: int = 3
 
-    def __post_init__(self):
-        _check_order(self, 4)
+    highest = 4
 
     def rate(self, length):
         """ε̂ weighs as σ/α does."""
@@ -243,8 +247,7 @@ class LMS(_Adams):
 
     order: int = 4
 
-    def __post_init__(self):
-        _check_order(self, 4)
+    highest = 4
 
     def length(self, process: Process, t, s):
         """What σ/α falls by."""
@@ -271,8 +274,7 @@ class PLMS(_Adams):
 
     order: int = 4
 
-    def __post_init__(self):
-        _check_order(self, 4)
+    highest = 4
 
     def length(self, process: Process, t, s):
         """One."""
@@ -286,7 +288,7 @@ class PLMS(_Adams):
 @register("unipc_2", order=2)
 @register("unipc_3", order=3)
 @dataclass(frozen=True)
-class UniPC(Sampler):
+class UniPC(_OfOrder):
     """Unified predictor–corrector (arXiv:2302.04867, alg. 5-6), of order p + 1 at no extra cost.
 
     The answer at t, which the next step needs anyway, first repeats the step that led to t with one
@@ -303,8 +305,7 @@ class UniPC(Sampler):
 
     reversible = True
 
-    def __post_init__(self):
-        _check_order(self, 3)
+    highest = 3
 
     def start(self, x_t, evaluations=None) -> tuple:
         """No step to repeat yet."""
