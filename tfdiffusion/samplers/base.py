@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import keras
 from keras import ops
@@ -97,6 +98,20 @@ class Sampler(abc.ABC):
     def from_config(cls, config: dict) -> Sampler:
         """Makes the sampler of a configuration."""
         return cls(**config)
+
+
+class SamplerOfOrder(Sampler):
+    """A solver that comes in orders, 1 to the highest."""
+
+    order: int
+    highest: ClassVar[int]
+
+    def __post_init__(self):
+        if self.order not in range(1, self.highest + 1):
+            raise ValueError(
+                f"{type(self).__name__} has orders 1 to {self.highest}. "
+                f"Received order={self.order!r}."
+            )
 
 
 def register(name: str, **arguments):

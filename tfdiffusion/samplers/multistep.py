@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar
 
 from keras import ops
 
@@ -26,7 +25,7 @@ from tfdiffusion import _backend, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.processes import Process
-from tfdiffusion.samplers.base import Sampler, register
+from tfdiffusion.samplers.base import SamplerOfOrder, register
 from tfdiffusion.samplers.extrapolation import (
     FAR,
     clean_and_noise,
@@ -71,21 +70,7 @@ def _seen_from(new, places) -> tuple:
     return tuple(ops.cast(place - new, _backend.TIME_DTYPE) for place in places)
 
 
-class _OfOrder(Sampler):
-    """A solver that comes in orders, 1 to the highest."""
-
-    order: int
-    highest: ClassVar[int]
-
-    def __post_init__(self):
-        if self.order not in range(1, self.highest + 1):
-            raise ValueError(
-                f"{type(self).__name__} has orders 1 to {self.highest}. "
-                f"Received order={self.order!r}."
-            )
-
-
-class _Multistep(_OfOrder):
+class _Multistep(SamplerOfOrder):
     """Carries x, earlier values, their places on a clock that now stands at 0, and how many
     evaluations are left.
     """  # noqa: D205
@@ -288,7 +273,7 @@ class PLMS(_Adams):
 @register("unipc_2", order=2)
 @register("unipc_3", order=3)
 @dataclass(frozen=True)
-class UniPC(_OfOrder):
+class UniPC(SamplerOfOrder):
     """Unified predictor–corrector (arXiv:2302.04867, alg. 5-6), of order p + 1 at no extra cost.
 
     The answer at t, which the next step needs anyway, first repeats the step that led to t with one

@@ -14,7 +14,7 @@ from keras import ops
 from tfdiffusion import random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
-from tfdiffusion.samplers.base import Sampler, register
+from tfdiffusion.samplers.base import Sampler, SamplerOfOrder, register
 from tfdiffusion.samplers.extrapolation import (
     between,
     clean_and_noise,
@@ -89,7 +89,7 @@ class Heun(Sampler):
 @register("dpm_solver_2", order=2)
 @register("dpm_solver_3", order=3)
 @dataclass(frozen=True)
-class DPMSolver(Sampler):
+class DPMSolver(SamplerOfOrder):
     """DPM-Solver of order 1 (DDIM), 2 or 3 (arXiv:2206.00927, alg. 1, 4 and 5).
 
     A step costs as many evaluations as its order: at 1/2, or at 1/3 and 2/3, of the way in λ.
@@ -105,9 +105,7 @@ class DPMSolver(Sampler):
 
     reversible = True
 
-    def __post_init__(self):
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"DPMSolver has orders 1 to 3. Received order={self.order!r}.")
+    highest = 3
 
     @property
     def evaluations(self) -> int:
