@@ -19,6 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import diffusers
 import numpy as np
 import torch
+from keras import ops
 from scipy.integrate import solve_ivp
 
 import tfdiffusion as tfd
@@ -33,6 +34,7 @@ COUNT, DIMENSION = 128, 8
 SHARED = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpm_solver_1": ("EulerDiscreteScheduler", {}),
+    "dpm_solver_2": ("KDPM2DiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -42,25 +44,25 @@ SHARED = {
     "unipc_3": ("UniPCMultistepScheduler", {"solver_order": 3}),
     "deis": ("DEISMultistepScheduler", {"solver_order": 3}),
 }
-# Their Karras levels end where the trailing grid does, ours at the last level of the chain.
-OTHER_ENDS = {(name, "karras") for name in ("dpm_solver_1", "heun", "lms")}
+# Those that have σ between the levels of the chain, though they ask at a rounded timestep: here
+# they get ε̂ at their σ.
+ROUNDED = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
 NOTES = """
-Trailing grids are the same to the last digit, but for three of diffusers': `DDIMScheduler` steps by
-1000 // N, off its own grid where N does not divide 1000 (6, 12, 15); `PNDMScheduler` asks twice at
-its first step and so has one time less; `DEISMultistepScheduler` ends at σ = 0.01, one step of
-order 1 away from the data (and of order 3 from 15 steps on, which is where it fails). In Karras and
-log-SNR grids diffusers' timesteps are rounded, and so are ours, not always to the same side.
+Ours visit the noise levels at which diffusers' scheduler asks, and end where it ends:
+`DEISMultistepScheduler` at σ = 0.01, the others at the data. Two of theirs have a way of their own
+with levels: `DDIMScheduler` steps by 1000 // N and so to other levels than it asks at, where N does
+not divide 1000 (6, 12, 15); `PNDMScheduler` asks twice at its first level, which ours does not.
 """
 # What has no counterpart on the other side.
-ONLY_OURS = ("euler", "rk4", "dpm_solver_2", "dpm_solver_3")
+ONLY_OURS = ("euler", "rk4", "dpm_solver_3")
 ONLY_THEIRS = {
     "DPM-Solver++ 2S": ("DPMSolverSinglestepScheduler", {"solver_order": 2}),
     "DPM-Solver++ 3S": ("DPMSolverSinglestepScheduler", {"solver_order": 3}),
-    "KDPM2": ("KDPM2DiscreteScheduler", {}),
 }
 THEIR_NAMES = {
     "ddim": "DDIM",
     "dpm_solver_1": "Euler",
+    "dpm_solver_2": "KDPM2 (DPM-Solver-2)",
     "heun": "Heun",
     "lms": "LMS",
     "plms": "PNDM (PLMS)",
@@ -84,6 +86,49 @@ THEIR_GRIDS = {
 }
 
 
+class BetweenLevels(tfd.processes.Process):
+    """The chain with levels between its own, where ln(σ/α) is linear in t."""
+
+    def __init__(self, log_levels):
+        self.log_levels = np.asarray(log_levels)
+
+    def _log_level(self, t):
+        t = ops.convert_to_tensor(t)
+        place = ops.maximum(ops.cast(t, _backend.TIME_DTYPE) * len(self.log_levels) - 1.0, 0.0)
+        below = ops.clip(ops.cast(place, "int32"), 0, len(self.log_levels) - 2)
+        levels = ops.convert_to_tensor(self.log_levels, _backend.TIME_DTYPE)
+        low, high = ops.take(levels, below), ops.take(levels, below + 1)
+        return ops.cast(low + (place - ops.cast(below, place.dtype)) * (high - low), t.dtype)
+
+    def alpha(self, t):
+        """See base class."""
+        return ops.sqrt(ops.sigmoid(-2.0 * self._log_level(t)))
+
+    def sigma(self, t):
+        """See base class."""
+        return ops.sqrt(ops.sigmoid(2.0 * self._log_level(t)))
+
+    def get_config(self) -> dict:
+        """See base class."""
+        return {"log_levels": self.log_levels.tolist()}
+
+
+class LowOrderLast(samplers.base.Sampler):
+    """A multistep sampler whose last step is of order 1 although it does not end at the data."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+        self.steps = None
+
+    def start(self, x_t, evaluations=None) -> tuple:
+        """As many evaluations as there will be steps."""
+        return self.sampler.start(x_t, self.steps)
+
+    def step(self, denoiser, carry: tuple, t, s, keys) -> tuple:
+        """The sampler's."""
+        return self.sampler.step(denoiser, carry, t, s, keys)
+
+
 class Problem:
     """The mixture, its noise, and where the flow takes it."""
 
@@ -92,12 +137,13 @@ class Problem:
         self.means = rng.uniform(-1, 1, (10, DIMENSION))
         self.variances = rng.uniform(0.05, 0.3, 10) ** 2
         self.weights = rng.dirichlet(3.0 * np.ones(10))
-        self.denoiser = tfd.exact.GaussianMixture(
-            self.means, self.variances, self.weights, process="linear"
-        )
         alphas_bar = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
         self.alpha_end = np.sqrt(alphas_bar[-1])
         self.log_levels = 0.5 * np.log(1.0 / alphas_bar - 1.0)  # ln(σ/α)
+        self.denoiser, self.between = (
+            tfd.exact.GaussianMixture(self.means, self.variances, self.weights, process=process)
+            for process in ("linear", BetweenLevels(self.log_levels))
+        )
         self.noise = np.random.default_rng(1).standard_normal((COUNT, DIMENSION))
         self.truth = self._end_of_flow()
         self.runs = {}
@@ -113,9 +159,8 @@ class Problem:
         posterior = self.means + (self.variances / variances)[:, None] * offset
         return (share[..., None] * posterior).sum(1)
 
-    def epsilon(self, x_t, timestep: float):
-        """ε̂ at a 0-based timestep, also between two."""
-        level = np.exp(np.interp(timestep, np.arange(1000), self.log_levels))
+    def epsilon(self, x_t, level: float):
+        """ε̂ where σ/α is `level`."""
         x = x_t * np.sqrt(1.0 + level**2)
         return (x - self.clean(x, level)) / level
 
@@ -135,52 +180,89 @@ class Problem:
         return float(np.sqrt(np.mean((np.asarray(x) - self.truth) ** 2)))
 
     def ours(self, name: str, grid: str, budget: int) -> float:
-        """Error of one of our samplers with at most so many evaluations."""
+        """Error of one of our samplers on one of our grids, with at most so many evaluations."""
         sampler = samplers.get(name)
         steps = (budget - 1) // sampler.evaluations + 1
         times = resolve_grid(self.denoiser, OUR_GRIDS[grid], steps, sampler)
-        if name not in self.runs:
+        return self._run(name, self.denoiser, times)
+
+    def ours_on_theirs(self, name: str, kind: str, arguments: dict, budget: int) -> float:
+        """Error of one of our samplers at the noise levels at which a scheduler asks."""
+        scheduler = self._scheduler(kind, arguments, budget)
+        timesteps = scheduler.timesteps.numpy().astype("float64")
+        if kind in ROUNDED:
+            logs = np.log(scheduler.sigmas.numpy()[: len(timesteps)].astype("float64"))
+            timesteps = np.interp(logs, self.log_levels, np.arange(1000))
+        asked = np.unique(timesteps)[::-1]
+        if kind == "KDPM2DiscreteScheduler":
+            asked = asked[::2]  # the others lie within its steps
+        ends_early = kind in ROUNDED and float(scheduler.sigmas[-1]) > 0.0
+        times = [*asked, 0.0] if ends_early else asked
+        return self._run(name, self.between, (np.asarray(times) + 1.0) / 1000, ends_early)
+
+    def _run(self, name: str, denoiser, times, ends_early: bool = False) -> float:
+        key = (name, denoiser, ends_early)
+        if key not in self.runs:
             keys = tfd.random.keys(range(COUNT))
-            self.runs[name] = _backend.compiled(
-                lambda times, x: integrate(self.denoiser, sampler, times, keys, x), ()
-            )
-        return self.error(self.runs[name](times, self.noise.astype("float32")))
+            sampler = samplers.get(name)
+            if ends_early:
+                sampler = LowOrderLast(sampler)
+
+            def run(times, x):
+                if ends_early:
+                    sampler.steps = ops.shape(times)[0] - 1
+                return integrate(denoiser, sampler, times, keys, x, denoise_last=not ends_early)
+
+            self.runs[key] = _backend.compiled(run, ())
+        times = ops.convert_to_tensor(times, _backend.TIME_DTYPE)
+        return self.error(self.runs[key](times, self.noise.astype("float32")))
+
+    def _scheduler(self, kind: str, arguments: dict, budget: int):
+        """One of diffusers', set to at most so many evaluations."""
+        make = getattr(diffusers, kind)
+        scheduler = make(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, **arguments)
+        for steps in range(budget, 0, -1):
+            scheduler.set_timesteps(steps)
+            if len(scheduler.timesteps) <= budget:
+                return scheduler
+        raise ValueError(f"{kind} takes more than {budget} evaluations for one step.")
 
     def theirs(self, kind: str, arguments: dict, budget: int) -> float:
         """Error of one of diffusers' schedulers with at most so many evaluations."""
-        make = getattr(diffusers, kind)
-        scheduler = make(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, **arguments)
-        for steps in range(budget, 1, -1):
-            scheduler.set_timesteps(steps)
-            if len(scheduler.timesteps) <= budget:
-                break
+        scheduler = self._scheduler(kind, arguments, budget)
         x = torch.tensor(self.noise)
         if float(scheduler.init_noise_sigma) != 1.0:  # its state is x/α
             x = x / self.alpha_end
-        for timestep in scheduler.timesteps:
+        for k, timestep in enumerate(scheduler.timesteps):
             x_t = scheduler.scale_model_input(x, timestep).numpy()
-            epsilon = torch.tensor(self.epsilon(x_t, float(timestep)))
+            level = np.exp(np.interp(float(timestep), np.arange(1000), self.log_levels))
+            if kind in ROUNDED:
+                level = float(scheduler.sigmas[k])
+            epsilon = torch.tensor(self.epsilon(x_t, level))
             x = scheduler.step(epsilon, timestep, x).prev_sample
         return self.error(x)
 
 
-def measure(problem: Problem) -> tuple[dict, dict]:
-    """(ours, theirs): (name, grid) → errors at the budgets."""
+def measure(problem: Problem) -> tuple[dict, dict, dict]:
+    """(ours, theirs, ours at the times of theirs): (name, grid) → errors at the budgets."""
     ours = {
         (name, grid): [problem.ours(name, grid, budget) for budget in BUDGETS]
         for name in (*SHARED, *ONLY_OURS)
         for grid in OUR_GRIDS
     }
-    theirs = {}
+    theirs, same = {}, {}
     for name, (kind, arguments) in {**SHARED, **ONLY_THEIRS}.items():
         known = set(getattr(diffusers, kind)().config)
         for grid, more in THEIR_GRIDS.items():
             if grid != "trailing" and not set(more) <= known:
                 continue
-            kept = {key: value for key, value in more.items() if key in known}
-            errors = [problem.theirs(kind, {**arguments, **kept}, budget) for budget in BUDGETS]
-            theirs[name, grid] = errors
-    return ours, theirs
+            kept = {**arguments, **{key: value for key, value in more.items() if key in known}}
+            theirs[name, grid] = [problem.theirs(kind, kept, budget) for budget in BUDGETS]
+            if name in SHARED:
+                same[name, grid] = [
+                    problem.ours_on_theirs(name, kind, kept, budget) for budget in BUDGETS
+                ]
+    return ours, theirs, same
 
 
 def row(cells) -> str:
@@ -192,22 +274,27 @@ def best(errors: dict) -> list[tuple[float, str]]:
     return [min((e[i], f"{n}, {g}") for (n, g), e in errors.items()) for i in range(len(BUDGETS))]
 
 
-def table(ours: dict, theirs: dict) -> str:
+def table(ours: dict, theirs: dict, same: dict) -> str:
     """Markdown: the best of each side, the same names on the same grids, all of the rest."""
     head = row(["", *map(str, BUDGETS)]) + row(["---"] * (len(BUDGETS) + 1))
     text = "## The best of each, by number of evaluations\n\n" + head
     for who, errors in (("tfdiffusion", ours), ("diffusers", theirs)):
         text += row([who, *(f"{e:.4f} ({n})" for e, n in best(errors))])
-    text += "\n## The same name on the same grid: ours, diffusers'\n\n" + head
-    same = [key for key in ours if key in theirs and key not in OTHER_ENDS]
-    for name, grid in same:
-        pairs = zip(ours[name, grid], theirs[name, grid])
+    text += "\n## The same name at the same times: ours, diffusers'\n\n" + head
+    for (name, grid), errors in same.items():
+        pairs = zip(errors, theirs[name, grid])
         text += row([f"{name}, {grid}", *(f"{a:.4f}, {b:.4f}" for a, b in pairs)])
     text += NOTES
-    text += "\n## The others\n\n" + head
+    worst = max(
+        (a / b, f"{name}, {grid}, {budget}")
+        for (name, grid), errors in same.items()
+        for a, b, budget in zip(errors, theirs[name, grid], BUDGETS)
+    )
+    text += f"\nThe largest ratio of ours to theirs is {worst[0]:.4f} ({worst[1]} evaluations).\n"
+    text += "\n## On grids of each side's own\n\n" + head
     for who, side in (("", ours), ("diffusers ", theirs)):
         for (name, grid), errors in side.items():
-            if (name, grid) not in same:
+            if who == "" or (name, grid) not in same:
                 text += row([f"{who}{name}, {grid}", *(f"{e:.4f}" for e in errors)])
     return text
 
@@ -246,8 +333,8 @@ def draw(ours: dict, theirs: dict, path: Path) -> None:
 def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     problem = Problem()
-    ours, theirs = measure(problem)
-    text = table(ours, theirs)
+    ours, theirs, same = measure(problem)
+    text = table(ours, theirs, same)
     print(text)
     command = "Written by `python benchmarks/solvers.py`; what it is, stands there.\n\n"
     (HERE / "solvers.md").write_text("# Solvers\n\n" + command + text, encoding="utf-8")

@@ -84,6 +84,7 @@ def main():
     parser.add_argument("--patch-size", type=int, default=2)
     parser.add_argument("--save-every", type=float, default=240.0, help="seconds")
     parser.add_argument("--precision", default="mixed_bfloat16")
+    parser.add_argument("--start", help="begin with this model's weights, e.g. mnist_ncsn")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,14 @@ def main():
     if args.resume:
         model = keras.saving.load_model(args.out / "model.keras")
         spent = json.loads((args.out / "progress.json").read_text())["seconds"]
+    elif args.start:
+        keras.utils.set_random_seed(1)
+        known = tfd.models.load(args.start)
+        config = {**known.network.get_config(), "dtype": args.precision}
+        model = score_matching.ScoreModel(score_matching.NCSNv2.from_config(config), known.sigmas)
+        model.build((None, *known.sample_shape))
+        model.network.set_weights(known.network.get_weights())
+        model.compile(keras.optimizers.Adam(args.learning_rate))
     else:
         keras.utils.set_random_seed(0)
         images = examples.arrays(10_000)[0]

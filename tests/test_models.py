@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
+
 import keras
 import numpy as np
 import pytest
@@ -78,6 +81,79 @@ def test_damaged_files_are_refused(saved, tmp_path):
         damaged.write_bytes(content[:size])
         with pytest.raises(ValueError, match="cannot be read as a Keras model"):
             models.load(damaged)
+
+
+def test_flipped_bytes_are_noticed(saved, tmp_path):
+    content, damaged = saved[1].read_bytes(), tmp_path / "x.keras"
+    place = len(content) // 2  # in the weights
+    damaged.write_bytes(
+        content[:place] + bytes(b ^ 255 for b in content[place:][:8]) + content[place + 8 :]
+    )
+    with pytest.raises(ValueError, match="cannot be read as a Keras model"):
+        models.load(damaged)
+
+
+def set_in(*path):
+    """A change of a JSON text: the value at the end of the path."""
+    *path, last, value = path
+
+    def change(text):
+        root = part = json.loads(text)
+        for key in path:
+            part = part[key]
+        part[last] = value
+        return json.dumps(root)
+
+    return change
+
+
+def system_call(folder):
+    reference = {"module": "os", "class_name": "system", "registered_name": None}
+    return lambda text: json.dumps({**reference, "config": {"command": f"touch {folder}/ran"}})
+
+
+LAMBDA = {
+    "module": "keras.layers",
+    "class_name": "Lambda",
+    "registered_name": None,
+    "config": {"name": "x", "function": {"class_name": "__lambda__", "config": {"code": "4wEA"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("member", "change", "message"),
+    [
+        ("config.json", set_in("registered_name", "tfdiffusion>Later"), "locate class"),
+        ("config.json", set_in("config", "later", 1), "arguments passed to DiffusionModel"),
+        ("config.json", set_in("config", "network", "config", "later", 1), "passed to UNet"),
+        ("config.json", set_in("config", "process", "later"), "Unknown process 'later'"),
+        ("config.json", set_in("config", "network", "config", "widths", [16]), "not be loaded"),
+        ("config.json", set_in("config", "network", LAMBDA), "Lambda"),
+        ("config.json", system_call, "locate class 'system'"),
+        ("config.json", lambda text: "{", "cannot be read"),
+        ("config.json", lambda text: "{}", "cannot be read"),
+        ("config.json", None, "config.json"),
+        ("model.weights.h5", None, "model.weights.h5"),
+    ],
+)
+def test_tampered_and_newer_files(saved, tmp_path, member, change, message):
+    """Nothing in a file is run, and whatever is wrong with it is said in one line."""
+    file = tmp_path / "x.keras"
+    with zipfile.ZipFile(saved[1]) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "metadata.json":
+                content = set_in("keras_version", "99.1")(content)
+            if name == member:
+                if change is None:
+                    continue
+                content = (change(tmp_path) if change is system_call else change)(content)
+            new.writestr(name, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        models.load(file)
+    assert "written by Keras 99.1; this is Keras" in str(caught.value)
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_models_of_another_kind_are_refused(tmp_path):

@@ -466,7 +466,7 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         if not isinstance(x, np.ndarray):
             return
         if len(x) == 0:
-            raise ValueError(f"There are no data: x has shape {x.shape}.")
+            raise ValueError(f"There are no data to train on. Received x of shape {x.shape}.")
         if x.dtype.kind != "f":
             raise ValueError(_wrong_dtype(x.dtype))
         if x.ndim < 2:

@@ -10,7 +10,9 @@ saved model, and any other path the folder that `tfdiffusion train` wrote.
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,8 +105,10 @@ def load(model: str | os.PathLike, compile: bool = False) -> NoiseConditionalMod
         loaded = keras.saving.load_model(file, compile=compile)
     except Exception as error:  # a damaged file fails anywhere from zip to HDF5 to Keras
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason.split(". ")[0].rstrip(".:")
         raise ValueError(
-            f"{str(file)!r} cannot be read as a Keras model; it may be incomplete ({reason})."
+            f"{str(file)!r} cannot be read as a Keras model: {reason}. It is incomplete or was "
+            f"changed, or a newer version wrote it ({_writer(file)})."
         ) from error
     if not isinstance(loaded, fitting.NoiseConditionalModel):
         raise ValueError(
@@ -112,6 +116,20 @@ def load(model: str | os.PathLike, compile: bool = False) -> NoiseConditionalMod
             "ScoreModel."
         )
     return loaded
+
+
+def _writer(file: Path) -> str:
+    """Which Keras wrote a model file, as far as that can be told, and what reads it here."""
+    import keras
+
+    from tfdiffusion import __version__
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            wrote = str(json.loads(archive.read("metadata.json"))["keras_version"])
+    except Exception:  # whatever kept it from loading
+        wrote = "an unknown version"
+    return f"written by Keras {wrote}; this is Keras {keras.__version__}, tfdiffusion {__version__}"
 
 
 def unet(
