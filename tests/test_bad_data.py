@@ -74,7 +74,7 @@ def weights(model):
         (spoiled(-np.inf, 0), r"NaN or infinite"),
         ((images() + 1) * 127.5, r"must lie in \[-1, 1\].*from 0\.\d+ to 2\d\d.*x / 127.5 - 1"),
         (images().astype("int32"), r"must be float in \[-1, 1\]. Received dtype int32"),
-        (images()[:0], r"no data: x has shape \(0, 2, 2, 1\)"),
+        (images()[:0], r"no data to train on. Received x of shape \(0, 2, 2, 1\)"),
         (images()[:, 0, 0, 0], r"Expected images .* Received shape \(16,\)"),
     ],
     ids=["nan", "infinite", "bytes", "integers", "empty", "rank"],
