@@ -465,7 +465,7 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         """Looks through NumPy data before training; the graph looks at every batch anyway."""
         if not isinstance(x, np.ndarray):
             return
-        if len(x) == 0:
+        if x.size == 0:
             raise ValueError(f"There are no data to train on. Received x of shape {x.shape}.")
         if x.dtype.kind != "f":
             raise ValueError(_wrong_dtype(x.dtype))
