@@ -397,7 +397,8 @@ def main() -> None:
             f"{args.rounds} processes that took turns (range).\n\n{header}\n"
             + "\n".join(rows)
             + f"\n\nThe input pipeline alone gives a batch every {pipeline * 1000:.2g} ms. The "
-            f"forward pass runs at {share:.0%} of the FLOP/s of a convolution of its middle level alone. "
+            f"forward pass runs at {share:.0%} of the FLOP/s of a convolution of its middle "
+            f"level alone. "
             f"Keras' own GroupNormalization with SiLU takes {keras_norm * 1000:.3g} ms."
         )
 
