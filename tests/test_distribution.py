@@ -5,6 +5,7 @@ Each check needs devices that exist before TensorFlow or JAX start, so it runs i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -118,6 +119,39 @@ print(json.dumps({"devices": len(devices), "one": one, **results}))
 """
 )
 
+PROCESS = (
+    """
+import os
+import keras
+keras.distribution.initialize(os.environ["COORDINATOR"], 2, int(os.environ["RANK"]))
+"""
+    + COMMON
+    + """
+import jax
+keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
+model = made()
+# Each process reads its half of every batch of 16.
+x, y = (part.reshape(4, 2, 8, -1)[:, jax.process_index()] for part in data())
+history = model.fit(
+    x.reshape(-1, 2), y.reshape(-1), batch_size=8, epochs=2, verbose=0, shuffle=False
+)
+results = told(model, history)
+name = "model" if jax.process_index() == 0 else "copy"  # all save, as reading the weights is joint
+model.save(f"{sys.argv[1]}/{name}.keras")
+results["weights"] = [float(np.sum(keras.ops.convert_to_numpy(w))) for w in model.network.weights]
+print(json.dumps({"devices": jax.device_count(), "local": jax.local_device_count(), **results}))
+"""
+)
+
+
+def free_addresses(count):
+    """Loopback addresses with ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{listener.getsockname()[1]}" for listener in sockets]
+
 
 def start(script, folder, **environment):
     root = str(Path(__file__).parents[1])
@@ -168,10 +202,7 @@ def test_a_mirrored_strategy(tmp_path):
 @on_tensorflow
 def test_several_workers(tmp_path):
     """Two processes that talk over the loopback interface end with the same weights."""
-    with socket.socket() as a, socket.socket() as b:
-        a.bind(("127.0.0.1", 0))
-        b.bind(("127.0.0.1", 0))
-        addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in (a, b)]
+    addresses = free_addresses(2)
     workers = [
         start(
             WORKER,
@@ -198,4 +229,25 @@ def test_data_parallel(tmp_path):
     assert results["steps"] == results["updates"] == 8
     for name in ("losses", "val_loss"):
         np.testing.assert_allclose(results[name], results["one"][name], rtol=1e-5)
+    goes_on_alone(tmp_path, 8)
+
+
+@on_jax
+def test_data_parallel_over_processes(tmp_path):
+    """Two processes with half of each batch end where one with all of it does."""
+    (coordinator,) = free_addresses(1)
+    processes = [
+        start(PROCESS, tmp_path, COORDINATOR=coordinator, RANK=str(rank)) for rank in range(2)
+    ]
+    first, second = (result(process) for process in processes)
+    assert first["devices"] == 2 and first["local"] == 1
+    assert first["steps"] == first["updates"] == 8
+    assert first == second
+    namespace = {}
+    exec(COMMON, namespace)
+    alone = namespace["made"]()
+    losses = namespace["fit"](alone).history["loss"]
+    np.testing.assert_allclose(first["losses"], losses, rtol=1e-5)
+    sums = [float(np.sum(keras.ops.convert_to_numpy(w))) for w in alone.network.weights]
+    np.testing.assert_allclose(first["weights"], sums, rtol=1e-4, atol=1e-5)
     goes_on_alone(tmp_path, 8)
