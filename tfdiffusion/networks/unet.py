@@ -185,6 +185,9 @@ class UNet(keras.Model):
         self.encoder = encoder
         self.middle = [residual(widths[-1]), *extra, residual(widths[-1])]
         self.decoder = decoder
+        # Keras before 3.13 saves no lists in lists. It saves in alphabetical order, so this list is
+        # what any version finds first, and a file is the same whoever wrote it.
+        self.blocks = [layer for step in (*encoder, self.middle, *decoder) for layer in step]
         self.norm_out = GroupNormalization(
             groups, epsilon=norm_epsilon, activation="silu", dtype=policy
         )

@@ -376,6 +376,8 @@ class _RefineNet(keras.Model):
             cascade(2 * w, "residual_3", down=True, dilation=2),
             cascade(2 * w, "residual_4", down=True, dilation=4),
         ]
+        # For files that do not depend on the version of Keras; see `UNet`.
+        self.blocks = [block for blocks in self.cascades for block in blocks]
         self.refines = [
             refine(2 * w, "refine_4"),
             refine(2 * w, "refine_3"),
