@@ -10,4 +10,6 @@ PyTorch is needed for none of it. A converted model is like any other: `fit()` t
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from tfdiffusion.convert.diffusers import from_diffusers, read_network, to_diffusers
+
+__all__ = ["from_diffusers", "read_network", "to_diffusers"]
