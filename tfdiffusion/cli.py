@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfdiffusion import _arguments, _defaults
+from tfdiffusion import _arguments
 from tfdiffusion._arguments import Failure, UsageError
 
 _CHUNK = 64  # images drawn between two movements of the progress bar; a GIF shows the first
@@ -791,9 +791,9 @@ def _sampling(model: Any, args: argparse.Namespace) -> dict:
         if args.steps_per_level is not None:
             raise UsageError("--steps-per-level: this is a diffusion model; use --steps.")
         return {
-            "steps": args.steps or _defaults.STEPS,
-            "sampler": args.sampler or _defaults.SAMPLER,
-            "grid": args.grid or _defaults.GRID,
+            "steps": args.steps or model.sampling.steps,
+            "sampler": args.sampler or model.sampling.sampler,
+            "grid": args.grid or model.sampling.grid,
         }
     given = [f"--{name}" for name in ("steps", "sampler", "grid") if getattr(args, name)]
     if given:
