@@ -63,12 +63,6 @@ def from_diffusers(
             f"class_embed_type={config['class_embed_type']!r}: a DiffusionModel's labels are "
             "classes. tfdiffusion.convert.read_network(path) gives the network alone."
         )
-    if network.divide_by_sigma != (schedule.time_input == "log_sigma"):
-        kind = config.get("time_embedding_type", unet.DEFAULTS["time_embedding_type"])
-        raise ValueError(
-            f"time_embedding_type={kind!r} does not go with this scheduler: 'fourier' networks are "
-            "told σ, and others a timestep."
-        )
     arguments = schedule.model_arguments()
     if parts.latent:
         arguments["bounded"] = False
@@ -80,8 +74,7 @@ def from_diffusers(
 def read_network(folder: str | os.PathLike) -> UNet2D:
     """Makes the Keras network of a `UNet2DModel`, with its weights.
 
-    It is told what the PyTorch one is told, but ln σ for σ where `time_embedding_type` is
-    "fourier"; images are channels-last.
+    It is told what the PyTorch one is told; images are channels-last.
 
     Args:
         folder: with `config.json` and the weights, or a folder with such a `unet` in it.
@@ -126,8 +119,8 @@ class _Parts:
         if not (unet / _CONFIG).is_file():
             held = sorted(file.name for file in unet.iterdir())
             raise FileNotFoundError(
-                f"{str(unet)!r} is no folder of diffusers: it has no {_CONFIG}. Expected a pipeline "
-                f"({_INDEX}), a folder with unet/ and scheduler/, or one of a UNet2DModel. It has: "
+                f"{str(unet)!r} is no folder of diffusers: it has no {_CONFIG}. Expected that of a "
+                f"pipeline ({_INDEX}), one with unet/ and scheduler/, or a UNet2DModel's. It has: "
                 f"{', '.join(held[:10]) or 'nothing'}{', ...' if len(held) > 10 else ''}."
             )
         latent = any(name in index or (folder / name).is_dir() for name in _CODERS)

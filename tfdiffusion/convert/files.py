@@ -1,9 +1,9 @@
 """Reading and writing files of tensors, with NumPy alone.
 
 Two formats hold published weights. A safetensors file is a length, a JSON header that names each
-tensor with its type, shape and place, and the bytes. A PyTorch file (`.bin`, `.pth`) is a zip of raw
-storages and one pickle that says how to cut tensors out of them; a pickle is a program, so this one
-runs in an interpreter that knows nothing but the few words such a file is made of.
+tensor with its type, shape and place, and the bytes. A PyTorch file (`.bin`, `.pth`) is a zip of
+raw storages and one pickle that says how to cut tensors out of them; a pickle is a program, so this
+one runs in an interpreter that knows nothing but the few words such a file is made of.
 """
 
 from __future__ import annotations

@@ -112,12 +112,8 @@ def arguments(config: dict) -> dict[str, Any]:
         )
     if not isinstance(blocks, int):
         raise ValueError(f"layers_per_block must be an integer. Received: {blocks!r}.")
-    groups = config["norm_num_groups"]
-    shared = {
-        "groups": groups,
-        "attention_groups": groups,
-        "head_dim": config["attention_head_dim"],
-    }
+    groups, head_dim = config["norm_num_groups"], config["attention_head_dim"]
+    shared = {"groups": groups, "attention_groups": groups, "head_dim": head_dim}
 
     def levels(key, kinds, types, widths, blocks):
         resample = _choice(config, key, _RESAMPLING)
@@ -143,7 +139,7 @@ def arguments(config: dict) -> dict[str, Any]:
             attention="each" if config["add_attention"] else None,
             groups=groups or "quarter",
             attention_groups=attention_groups,
-            head_dim=config["attention_head_dim"],
+            head_dim=head_dim,
             output_scale=config["mid_block_scale_factor"],
         )
     label, num_classes = _choice(config, "class_embed_type", _LABELS), config["num_class_embeds"]

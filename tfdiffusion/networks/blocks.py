@@ -65,8 +65,9 @@ class TimeFeatures(keras.layers.Layer):
     """What a network is told of a number: `(B,)` -> `(B, features)`, in float32.
 
     Args:
-        kind: `"sinusoidal"` or `"fourier"` as in `TimeEmbedding`, or `"learned"`, a vector for each
-            of the times 0 ... num_times - 1, to which others are rounded.
+        kind: `"sinusoidal"` as in `TimeEmbedding`; `"fourier"`, as there, of the logarithm; or
+            `"learned"`, a vector for each of the times 0 ... num_times - 1, to which others are
+            rounded.
         features: Size of the result; for `"fourier"` even.
         freq_shift, flip_sin_to_cos: Of `"sinusoidal"`, see `TimeEmbedding`. Any number.
         num_times: Of `"learned"`.
@@ -111,7 +112,7 @@ class TimeFeatures(keras.layers.Layer):
         if self.kind == "sinusoidal":
             return sinusoids(inputs, self.features, self.freq_shift, self.flip_sin_to_cos)
         if self.kind == "fourier":
-            return fourier(inputs, self.table)
+            return fourier(ops.log(inputs), self.table)
         index = ops.cast(ops.round(inputs), "int32")
         return ops.take(ops.convert_to_tensor(self.table), index, axis=0)
 

@@ -103,7 +103,7 @@ def check_inputs(inputs: dict, num_classes: int | None) -> None:
 
 
 def sinusoids(inputs, features: int, freq_shift: float, flip_sin_to_cos: bool):
-    """DDPM's positional encoding, see `TimeEmbedding`: `(B,)` -> `(B, features)`, 0 in an odd one."""
+    """DDPM's positional encoding, see `TimeEmbedding`: `(B,)` -> `(B, features)`."""
     half = features // 2
     exponents = -math.log(10000.0) * np.arange(half) / (half - freq_shift)
     frequencies = ops.convert_to_tensor(np.exp(exponents).astype("float32"))

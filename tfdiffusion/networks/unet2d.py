@@ -1,8 +1,8 @@
 """The U-Net that published checkpoints need: each level says what it is made of.
 
 `UNet` has one kind of level and few arguments, and is what to train. `UNet2D` is a list of levels,
-and holds what others have trained: the `UNet2DModel` of diffusers with its five kinds of blocks, and
-the NCSN++ and DDPM++ of Song et al. 2021 (arXiv:2011.13456, app. H). `tfdiffusion.convert` makes it
+and holds what others have trained: diffusers' `UNet2DModel` with its five kinds of blocks, and the
+NCSN++ and DDPM++ of Song et al. 2021 (arXiv:2011.13456, app. H). `tfdiffusion.convert` makes it
 from their files.
 """
 
@@ -85,10 +85,8 @@ class Level:
         choice("pyramid", self.pyramid, (None, "skip", "residual"))
         if isinstance(self.groups, str):
             choice("groups", self.groups, tuple(GROUPS))
-        heads = (
-            1 if self.head_dim is None else self.width // positive_int("head_dim", self.head_dim)
-        )
-        if self.attention and not heads:
+        head_dim = self.width if self.head_dim is None else positive_int("head_dim", self.head_dim)
+        if self.attention and head_dim > self.width:
             raise ValueError(
                 "`head_dim` must be at most the width. Received: "
                 f"head_dim={self.head_dim}, width={self.width}."
@@ -117,8 +115,8 @@ class UNet2D(keras.Model):
         scale_shift: Whether the embedding modulates the normalization instead of being added.
         downsample_padding: Of strided convolutions: 0 pads below and right, 1 all around.
         dropout: Dropout rate inside the residual blocks.
-        time_embedding: `"sinusoidal"` or `"learned"`, of timesteps; or `"fourier"`, of ln σ, with
-            as many frequencies as the first level has channels.
+        time_embedding: `"sinusoidal"` or `"learned"`, of timesteps; or `"fourier"`, of the
+            logarithm of σ, with as many frequencies as the first level has channels.
         time_width: Size of the embedding. Default: `4 * encoder[0].width`.
         time_scale, time_shift: What is embedded is `time_scale * time + time_shift`.
         freq_shift, flip_sin_to_cos, num_times: See `TimeFeatures`.
@@ -126,7 +124,7 @@ class UNet2D(keras.Model):
             `"time"`, a number that is embedded as the time is; `"vector"`, `(B, time_width)`.
         num_classes: Of `label="class"`.
         center_input: Whether x in [0, 1] is to be mapped to [−1, 1] first.
-        divide_by_sigma: Whether the output is divided by σ = exp(time), as that of a score is.
+        divide_by_sigma: Whether the output is divided by `time`, then σ, as a score's is.
         **kwargs: `name`, `dtype` and `trainable` of `keras.Model`; anything else is refused.
 
     Call arguments:
@@ -376,7 +374,7 @@ class UNet2D(keras.Model):
         x = ops.cast(self.conv_out(self.norm_out(x)), "float32")
         if image is not None:
             x = x + ops.cast(image, "float32")
-        return x / ops.exp(time)[:, None, None, None] if self.divide_by_sigma else x
+        return x / time[:, None, None, None] if self.divide_by_sigma else x
 
     def _embed(self, time, label=None):
         def features(number):
