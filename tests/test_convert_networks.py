@@ -6,16 +6,9 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-import json  # noqa: E402
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
-from keras import ops  # noqa: E402
-
-import parity  # noqa: E402
-import tfdiffusion as tfd  # noqa: E402
+import parity
+import torch
 
 torch.set_num_threads(1)
 

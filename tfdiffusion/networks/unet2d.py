@@ -57,9 +57,9 @@ class Level:
         blocks: Residual blocks.
         attention: `None`, `"each"` behind each residual block (in the middle: between them), or
             `"last"` behind the last.
-        resample: To the next level: `"conv"`, `"residual"` (a residual block that averages or
-            repeats), `"smooth"` (one that smooths, with a 1x1 convolution in its shortcut), or
-            `None` for the last.
+        resample: To the next level: `"conv"`; `"residual"`, a residual block that averages or
+            repeats; `"projected"`, one with a 1x1 convolution in its shortcut; `"smooth"`, one that
+            smooths, too; or `None` for the last.
         pyramid: Of the image, `"skip"` or, in the encoder, `"residual"`; see `networks.blocks`.
         groups: Of the normalizations, a number or a key of `GROUPS`.
         attention_groups: Of the attention's, a number, `"quarter"`, or `None` for no normalization.
@@ -81,7 +81,7 @@ class Level:
         positive_int("width", self.width)
         positive_int("blocks", self.blocks)
         choice("attention", self.attention, (None, "each", "last"))
-        choice("resample", self.resample, (None, "conv", "residual", "smooth"))
+        choice("resample", self.resample, (None, "conv", "residual", "projected", "smooth"))
         choice("pyramid", self.pyramid, (None, "skip", "residual"))
         if isinstance(self.groups, str):
             choice("groups", self.groups, tuple(GROUPS))
@@ -278,16 +278,18 @@ class UNet2D(keras.Model):
 
     def _resampling(self, level, direction):
         """The layer between a level and the next, or None."""
-        if level.resample in (None, "conv"):
-            if level.resample is None:
-                return None
+        if level.resample is None:
+            return None
+        if level.resample == "conv":
             if direction == "up":
                 return Upsample("conv", dtype=self.dtype_policy)
             return Downsample("conv", padding=self._padding, dtype=self.dtype_policy)
-        smooth = level.resample == "smooth"
-        resample = f"fir_{direction}" if smooth else direction
-        shortcut = {"resample": resample, "project_shortcut": smooth}
-        return self._residual_block(level, level.width, **shortcut)
+        return self._residual_block(
+            level,
+            level.width,
+            resample=f"fir_{direction}" if level.resample == "smooth" else direction,
+            project_shortcut=level.resample != "residual",
+        )
 
     def _encoder_block(self, level, channels, middle=False):
         residuals = [
