@@ -1,4 +1,4 @@
-"""The command line, a thin layer over the library: `train | sample | evaluate | export | info`.
+"""The command line: `train | sample | evaluate | export | info | convert`, thin over the library.
 
 What a person can get wrong is told in one line on stderr, before any work starts where it can be
 known by then. Exit codes: 0 done, 1 it could not be done, 2 an argument is wrong, 130 stopped with
@@ -738,6 +738,36 @@ def _info(args: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def _convert(args: argparse.Namespace) -> None:
+    out = Path(args.out).expanduser()
+    if out.suffix != ".keras":
+        raise UsageError(f"OUT {args.out!r} must end in .keras.")
+    if out.is_dir():
+        raise UsageError(f"OUT {args.out!r} is a folder. Name a file.")
+    if out.exists() and not args.overwrite:
+        raise UsageError(f"OUT {args.out!r} is there already. Pass --overwrite to replace it.")
+    _check_parent(out, "OUT")
+    scored = Path(args.path).suffix in (".pth", ".pt")
+    if scored != (args.config is not None):
+        raise UsageError(
+            "--config goes with a .pth file of score_sde, and names its configuration, such as "
+            "ve/cifar10_ncsnpp_continuous."
+        )
+    _start(args.debug)
+    from tfdiffusion import checkpoints, convert
+
+    with _told(Failure):
+        if scored:
+            model = convert.from_score_sde(Path(args.path).expanduser(), args.config)
+        else:
+            model = convert.from_diffusers(args.path, image_size=args.image_size)
+    with _work():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.save(model, out)
+    makes = "x".join(map(str, model.sample_shape))
+    print(f"{out}  {makes}, {model.network.count_params():,} parameters")
+
+
 def _named(names: Sequence[str] | None) -> str:
     if not names or list(names) == [str(i) for i in range(len(names))]:
         return ""
@@ -811,4 +841,5 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "export": _export,
     "info": _info,
+    "convert": _convert,
 }

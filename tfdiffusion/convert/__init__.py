@@ -10,4 +10,7 @@ PyTorch is needed for none of it. A converted model is like any other: `fit()` t
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from tfdiffusion.convert.diffusers import from_diffusers, read_network, to_diffusers
+from tfdiffusion.convert.score_sde import from_score_sde
+
+__all__ = ["from_diffusers", "from_score_sde", "read_network", "to_diffusers"]
