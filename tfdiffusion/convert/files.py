@@ -60,14 +60,16 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise _damaged(path, f"its header of {length} bytes does not fit into {size}")
         try:
             header = json.loads(file.read(length))
-            entries = {name: header[name] for name in header if name != "__metadata__"}
-        except (ValueError, TypeError) as error:
-            raise _damaged(path, "its header is no JSON object") from error
+        except ValueError as error:
+            raise _damaged(path, f"its header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    header.pop("__metadata__", None)
     start = 8 + length
     data = (
         np.memmap(path, mode="r", dtype="u1", offset=start) if size > start else np.zeros(0, "u1")
     )
-    return {name: _cut(path, name, entry, data) for name, entry in entries.items()}
+    return {name: _cut(path, name, entry, data) for name, entry in header.items()}
 
 
 def _cut(path: Path, name: str, entry: Any, data: np.ndarray) -> np.ndarray:
