@@ -417,6 +417,32 @@ def read_png(file):
 
 
 @on_tensorflow
+def test_a_model_s_own_sampling_is_exported(tmp_path):
+    """Sampler, grid, steps and threshold; also a run that ends in a state, not denoised."""
+    import tensorflow as tf
+
+    grid = times.Timesteps("leading", offset=1, until_first=True)
+    own = samplers.Sampling(samplers.PLMS(4, "trapezoid"), grid, 5, Threshold(0.8))
+    model = make((4, 4, 2), widths=(4,), groups=2, mid_attention=False, sampling=own)
+    directory = export.saved_model(model, tmp_path / "out", batch_invariant=False)
+    signatures = tf.saved_model.load(directory).signatures
+    expected = model.sample(len(SEEDS), seeds=SEEDS)
+    answer = signatures["sample_float"](seed=tf.constant(SEEDS))["images"]
+    np.testing.assert_allclose(answer.numpy(), expected, atol=2e-3)
+    assert expected.std() > 0.1
+    requested = {"seed": tf.constant(SEEDS[:2]), "num_steps": tf.constant(7)}
+    pixels = signatures["sample_steps"](**requested)["images"].numpy()
+    expected = np.clip(model.sample(2, seeds=SEEDS[:2], steps=7), -1, 1)
+    assert np.abs(pixels - (expected + 1.0) * 127.5).max() < 1.0
+    # What is asked for comes first.
+    named = {"sampler": "ddim", "grid": "uniform", "steps": 2}
+    directory = export.saved_model(model, tmp_path / "other", batch_invariant=False, **named)
+    answer = tf.saved_model.load(directory).signatures["sample_float"](seed=tf.constant(SEEDS))
+    expected = model.sample(len(SEEDS), seeds=SEEDS, **named)
+    np.testing.assert_allclose(answer["images"].numpy(), expected, atol=2e-3)
+
+
+@on_tensorflow
 def test_points_are_samples_and_no_images(tmp_path):
     import tensorflow as tf
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from oracles import numpy
 
-from tfdiffusion import DiffusionModel, networks, predictions, processes, times, weights
+from tfdiffusion import DiffusionModel, networks, predictions, processes, samplers, times, weights
+from tfdiffusion.denoiser import Threshold
 
 BACKEND = keras.backend.backend()
 OTHER = "jax" if BACKEND == "tensorflow" else "tensorflow"
@@ -196,6 +197,17 @@ CONFIGURATIONS = [
     {"process": processes.VarianceExploding(sigma_max=7.0), "time_input": "log_sigma"},
     {"process": processes.LinearBeta(num_timesteps=50)},
     {"process": Quadratic(end=0.9), "weight": weights.Sigmoid(bias=-1.0)},
+    {"process": processes.Interpolated(processes.LinearBeta(50), "level")},
+    {
+        "scale_input": False,
+        "sampling": samplers.Sampling(
+            samplers.PLMS(4, "trapezoid"),
+            times.Timesteps("leading", offset=1, until_first=True),
+            steps=7,
+            threshold=Threshold(1.5, 0.9),
+        ),
+    },
+    {"sampling": samplers.Sampling("heun", "uniform", 3, None)},
     {"label_dropout": 0.25, "ema_decay": None, "sigma_data": 0.5, "seed": 9, "name": "mine"},
 ]
 
@@ -220,7 +232,8 @@ def test_configurations_survive(arguments):
     for moment in ("alpha", "sigma"):
         mine, theirs = (numpy(getattr(m.process, moment)(t)) for m in (model, again))
         np.testing.assert_array_equal(mine, theirs)
-    for name in ("weight", "times", "prediction", "label_dropout", "seed", "name"):
+    assert again.raw.scale_input == model.raw.scale_input
+    for name in ("weight", "times", "prediction", "label_dropout", "seed", "name", "sampling"):
         assert getattr(again, name) == getattr(model, name), name
 
 

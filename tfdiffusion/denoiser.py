@@ -120,6 +120,8 @@ _TIME_INPUTS: dict[str, Callable] = {
     "thousandths": lambda process, t: 1000.0 * t,
     "log_snr": _log_snr,
     "sigma": lambda process, t: process.sigma(t),
+    # The code of arXiv:2011.13456 steps from 1 to 0, but tells networks times from 1 to 1e-5.
+    "score_sde_sigma": lambda process, t: process.sigma(t + 1e-5 * (1.0 - t)),
     "log_sigma": lambda process, t: ops.log(process.sigma(t)),
     # EDM's c_noise (arXiv:2206.00364, table 1), for any process: ln(σ/α)/4.
     "edm": lambda process, t: -0.125 * _log_snr(process, t),
@@ -140,7 +142,8 @@ class NetworkDenoiser(Denoiser):
         process: a `Process` or its name.
         prediction: a `Prediction` or its name.
         time_input: "timestep" (t T − 1), "nearest_timestep" (the same, rounded), "thousandths"
-            (1000 t), "log_snr", "sigma", "log_sigma", "edm" (ln(σ/α)/4), "level".
+            (1000 t), "log_snr", "sigma", "score_sde_sigma" (the same, 1e-5 (1 − t) later),
+            "log_sigma", "edm" (ln(σ/α)/4), "level".
         sigma_data: σ_d, the standard deviation of the data.
         scale_input: False feeds x_t as it is, as noise-conditioned score networks want.
 

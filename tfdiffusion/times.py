@@ -354,12 +354,15 @@ class Timesteps(Grid):
     def _timesteps(self, process: Process, u):
         last = float(min(self.count or process.resolution, process.resolution))
         n, k = _count(u), _rank(u)
+        # In the order in which NumPy's arange and linspace compute: it decides over halves.
         if self.spacing == "trailing":
-            return ops.round(last * (n - k) / n) - 1.0
+            stride = last - (last - last / n)
+            return ops.round(last - k * stride) - 1.0
         laid = n + float(self.exclusive)
         if self.spacing == "leading":
             return (laid - 1.0 - k) * ops.floor(last / laid) + self.offset
-        steps = (last - 1.0) * (laid - 1.0 - k) / ops.maximum(laid - 1.0, 1.0)
+        steps = (laid - 1.0 - k) * ((last - 1.0) / ops.maximum(laid - 1.0, 1.0))
+        steps = ops.where(laid > 1.0, steps, last - 1.0)  # alone, it is the noisiest
         return ops.round(steps) if self.rounded else steps
 
     def __call__(self, process: Process, u, latest):
@@ -384,7 +387,7 @@ class Shifted(Grid):
     arXiv:2403.03206, eq. 23).
 
     Args:
-        last: u at the end, in (0, 1).
+        last: u at the end, in [0, 1); no time is earlier than 1e-5.
         shift: s, positive; 1 leaves the times even.
 
     Raises:
@@ -395,16 +398,17 @@ class Shifted(Grid):
     shift: float = 1.0
 
     def __post_init__(self):
-        if not 0.0 < self.last < 1.0 or self.shift <= 0.0:
+        if not 0.0 <= self.last < 1.0 or self.shift <= 0.0:
             raise ValueError(
-                "Shifted needs 0 < last < 1 and shift > 0. "
+                "Shifted needs 0 <= last < 1 and shift > 0. "
                 f"Received last={self.last}, shift={self.shift}."
             )
 
     def __call__(self, process: Process, u, latest):
         """See base class."""
         even = 1.0 + _share(u) * (self.last - 1.0)
-        return ops.minimum(self.shift * even / (1.0 + (self.shift - 1.0) * even), latest)
+        shifted = self.shift * even / (1.0 + (self.shift - 1.0) * even)
+        return ops.clip(shifted, EARLIEST, latest)
 
 
 _GRIDS = {

@@ -515,9 +515,9 @@ def _read_score_sde(config: _Config) -> Schedule:
     if corrections:
         settings = {"measured": True, "correct_last": True}
         sampler = samplers.PredictorCorrector("reverse_diffusion", snr, corrections, **settings)
-    grid = times.Shifted(config["sampling_eps"])
-    sampling = Sampling(sampler, grid, config["num_train_timesteps"], None)
-    return Schedule(process, "score", sampling, "sigma")
+    config.only("sampling_eps", 1e-5, why="networks are told times that end there")
+    sampling = Sampling(sampler, times.Shifted(last=0.0), config["num_train_timesteps"], None)
+    return Schedule(process, "score", sampling, "score_sde_sigma")
 
 
 _READERS: dict[str, Callable[[_Config], Schedule]] = {
@@ -758,12 +758,11 @@ def _write_heun(model, sampling: Sampling) -> tuple[str, dict]:
 def _write_score_sde(model, sampling: Sampling) -> tuple[str, dict]:
     if not isinstance(model.process, processes.VarianceExploding):
         raise _not_written("process", processes.name(model.process), "ScoreSdeVe has 've'")
-    sampler, grid = sampling.sampler, sampling.grid
+    sampler = sampling.sampler
     correcting = isinstance(sampler, samplers.PredictorCorrector)
     return "ScoreSdeVeScheduler", {
         **model.process.get_config(),
         "num_train_timesteps": sampling.steps,
-        "sampling_eps": getattr(grid, "last", None),
         "correct_steps": sampler.corrections if correcting else 0,
         "snr": sampler.snr if correcting else 0.15,
     }
