@@ -245,6 +245,28 @@ def test_other_files_than_pytorchs(tmp_path):
         files.read_pytorch(path)
 
 
+def test_damage_anywhere_is_one_kind_of_error(tmp_path):
+    """Whatever bytes change, a file is read or refused; nothing else happens."""
+    generator, path = np.random.default_rng(0), tmp_path / "file"
+    torch_file(path, {"w": tensor(0, (2, 3), (3, 1))}, [np.arange(6, dtype="float32")])
+    whole = {files.read_pytorch: path.read_bytes()}
+    files.write_safetensors(path, TENSORS)
+    whole[files.read_safetensors] = path.read_bytes()
+    for read, content in whole.items():
+        refused = 0
+        for _ in range(200):
+            damaged = bytearray(content)
+            for place in generator.integers(0, len(content), 3):
+                damaged[place] = generator.integers(0, 256)
+            path.write_bytes(damaged)
+            try:
+                read(path)
+            except ValueError as error:
+                refused += 1
+                assert str(path) in str(error)
+        assert refused > 20
+
+
 # ---------------------------------------------------------------------------------------- folders
 
 
@@ -447,7 +469,7 @@ def test_names_on_the_hub(monkeypatch, pipeline):
     name, patterns = asked[0]
     assert name == "owner/name" and "unet/*.json" in patterns
     assert not any(pattern in ("*", "**") for pattern in patterns)  # not the autoencoder too
-    with pytest.raises(OSError, match=r"'owner/other' cannot be fetched.*401 Client Error"):
+    with pytest.raises(OSError, match=r"no folder 'owner/other', and it cannot be fetched.*401"):
         tfd.convert.from_diffusers("owner/other")
 
 

@@ -117,10 +117,9 @@ def test_there_and_back_again(name, tmp_path):
     assert isinstance(again.scheduler, DDPMScheduler)
     for (key, mine), theirs in zip(again.unet.state_dict().items(), network.state_dict().values()):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=key)
-    for key, value in network.config.items():
-        if not key.startswith("_"):
-            listed = list(value) if isinstance(value, tuple) else value
-            assert again.unet.config[key] in (value, listed), key
+    # Not the names of blocks: at the last level, which does not resample, two of them are one.
+    assert unet.arguments(dict(again.unet.config)) == unet.arguments(dict(network.config))
+    assert again.unet.config.sample_size == network.config.sample_size
 
 
 def test_the_converted_model_survives_saving(tmp_path):
@@ -162,7 +161,7 @@ def test_a_model_trained_here_is_used_there(tmp_path):
     """`fit`, `to_diffusers`, and diffusers' pipeline has the averaged network."""
     network = tfd.networks.UNet(**OWN, attention_levels=(1,), head_dim=4, num_classes=2)
     model = tfd.DiffusionModel(network, "linear", ema_decay=0.5)
-    model.compile(keras.optimizers.Adam(1e-2))
+    model.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)  # four steps are soon done
     generator = np.random.default_rng(0)
     images = generator.uniform(-1, 1, (8, 8, 8, 1)).astype("float32")
     model.fit(images, generator.integers(0, 2, 8), batch_size=4, epochs=2, verbose=0)
