@@ -176,7 +176,7 @@ def inputs(config: dict, batch: int = 2) -> dict[str, np.ndarray]:
         label = {"label": generator.normal(size=(batch, 4 * config["block_out_channels"][0]))}
     elif config.get("class_embed_type") == "timestep":
         label = {"label": np.array([1.0, 400.0])[:batch]}
-    elif "num_class_embeds" in config:
+    elif config.get("num_class_embeds"):
         label = {"label": np.array([2, 0])[:batch]}
     called = {
         "x": generator.normal(size=(batch, *sides, channels)),

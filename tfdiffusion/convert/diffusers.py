@@ -172,6 +172,10 @@ def to_diffusers(
         raise TypeError(f"Only a DiffusionModel can be written. Received a {type(model).__name__}.")
     if model.sample_shape is None:
         raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")
+    if len(model.sample_shape) != 3:
+        raise ValueError(
+            f"Only a model of images can be written. This one is of shape {model.sample_shape}."
+        )
     folder = Path(folder)
     _check_free(folder, overwrite)
     height, width = model.sample_shape[:2]

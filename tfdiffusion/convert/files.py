@@ -60,14 +60,16 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise _damaged(path, f"its header of {length} bytes does not fit into {size}")
         try:
             header = json.loads(file.read(length))
-            entries = {name: header[name] for name in header if name != "__metadata__"}
-        except (ValueError, TypeError) as error:
-            raise _damaged(path, "its header is no JSON object") from error
+        except ValueError as error:
+            raise _damaged(path, f"its header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    header.pop("__metadata__", None)
     start = 8 + length
     data = (
         np.memmap(path, mode="r", dtype="u1", offset=start) if size > start else np.zeros(0, "u1")
     )
-    return {name: _cut(path, name, entry, data) for name, entry in entries.items()}
+    return {name: _cut(path, name, entry, data) for name, entry in header.items()}
 
 
 def _cut(path: Path, name: str, entry: Any, data: np.ndarray) -> np.ndarray:
@@ -151,32 +153,33 @@ def read_pytorch(path: str | os.PathLike) -> Any:
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            if len(pickles) != 1:
-                raise ValueError(f"{str(path)!r} is a zip, but none that torch.save wrote.")
-            folder = pickles[0][: -len("data.pkl")]
-            if f"{folder}byteorder" in archive.namelist():
-                if archive.read(f"{folder}byteorder") != b"little":
-                    raise ValueError(f"{str(path)!r} was written on a big-endian machine.")
-            with archive.open(pickles[0]) as file:
-                return _Unpickler(file, path, archive, folder).load()
+        archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ValueError(
             f"{str(path)!r} is no PyTorch file of version 1.6 or later, or it is incomplete. An "
             "older one that you trust can be saved again by a newer PyTorch."
         ) from error
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError) as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{str(path)!r} cannot be read: {reason}") from error
+    with archive:
+        pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"{str(path)!r} is a zip, but none that torch.save wrote.")
+        try:
+            with archive.open(pickles[0]) as file:
+                return _Unpickler(file, archive, pickles[0].removesuffix("data.pkl")).load()
+        except Exception as error:  # what is damaged fails in as many ways as there are opcodes
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{str(path)!r} cannot be read: {reason}") from error
 
 
 class _Unpickler(pickle.Unpickler):
     """Knows the words of a file of tensors, and no other: a pickle can call only what it finds."""
 
-    def __init__(self, file, path: Path, archive: zipfile.ZipFile, folder: str):
+    def __init__(self, file, archive: zipfile.ZipFile, folder: str):
         super().__init__(file)
-        self._path, self._archive, self._folder = path, archive, folder
+        self._archive, self._folder = archive, folder
+        order = f"{folder}byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise ValueError("it was written on a big-endian machine.")
         self._loaded: dict[str, np.ndarray] = {}
         # Made anew for each file, so that nothing a file does to them outlives it.
         self._words: dict[tuple[str, str], Callable] = {
@@ -269,7 +272,10 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # its errors of HTTP and of names are among these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(f"{name!r} cannot be fetched from the Hugging Face Hub: {reason}") from error
+        raise OSError(
+            f"There is no folder {name!r}, and it cannot be fetched from the Hugging Face Hub: "
+            f"{reason}"
+        ) from error
 
 
 _PATTERNS = ("*.json", f"{NAME}*.safetensors", f"{NAME}*.bin")
