@@ -15,7 +15,12 @@ from tfdiffusion.training import DiffusionModel
 _CONFIG, _INDEX, _SCHEDULER = "config.json", "model_index.json", "scheduler_config.json"
 # The first version whose files are as those written here.
 _VERSION = "0.30.0"
-_PIPELINES = {"DDIMScheduler": "DDIMPipeline"}  # DDPMPipeline takes every other one
+# DDPMPipeline takes the others, but for Euler's, Heun's and UniPC's, for which diffusers has none.
+_PIPELINES = {
+    "DDIMScheduler": "DDIMPipeline",
+    "PNDMScheduler": "PNDMPipeline",
+    "ScoreSdeVeScheduler": "ScoreSdeVePipeline",
+}
 _CODERS = ("vae", "vqvae", "movq")
 
 
