@@ -44,9 +44,9 @@ PIPELINES = {
     "score_sde": (
         "ScoreSdeVePipeline",
         "ScoreSdeVeScheduler",
-        {"sigma_max": 50.0, "snr": 0.05},
+        {"sigma_max": 1.0, "snr": 0.05},
         {
-            "block_out_channels": (8, 32),  # whose attention has 32 groups
+            "block_out_channels": (32, 32),  # its attention has 32 groups
             "time_embedding_type": "fourier",
             "freq_shift": 0,
             "flip_sin_to_cos": False,
@@ -105,7 +105,9 @@ def drawn_by(pipeline, seeds, monkeypatch, steps=STEPS):
         return torch.tensor(numpy(random.normal(here, shape)).transpose(0, 3, 1, 2))
 
     def all_noise():
-        yield noise(0)
+        sigma = getattr(pipeline.scheduler.config, "sigma_max", None)
+        # Ours starts with the data's variance, 1, in it.
+        yield noise(0) * (1.0 if sigma is None else (1.0 + sigma**-2) ** 0.5)
         corrections = getattr(pipeline.scheduler.config, "correct_steps", None)
         for k in range(steps + 1):
             if corrections is None:

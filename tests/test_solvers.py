@@ -196,7 +196,7 @@ def test_a_start_up_s_order_is_that_of_the_run(sampler, order):
         (PLMS(4, "runge_kutta"), 6, 15),
         (PLMS(4, "runge_kutta"), 3, 9),
         (PLMS(1, "runge_kutta"), 3, 3),
-        (PredictorCorrector(corrections=2, correct_last=True), 3, 11),
+        (PredictorCorrector(corrections=2, correct_last=True), 3, 9),
     ],
     ids=str,
 )

@@ -22,10 +22,10 @@ the chain's own steps.
 
 What comes from other numbers of steps than diffusers' code was made for is theirs alone:
 `DDIMScheduler` and `PNDMScheduler` step by ⌊T/N⌋, off their own trailing grid where N does not
-divide T, and PNDM's Runge–Kutta steps meet half-way only where ⌊T/N⌋ is even. Euler's and Heun's
-schedulers start from noise of variance σ², on linspace and trailing grids, where this library
-starts from that of noisy data, α² + σ² = 1; and ScoreSdeVe's correctors take the mean of the norms
-over a batch, ours those of each image.
+divide T, and PNDM's Runge–Kutta steps meet half-way only where ⌊T/N⌋ is even. ScoreSdeVe starts
+from noise of variance σ², and so do Euler's and Heun's schedulers on linspace and trailing grids;
+samples here start from that of noisy data, α² + σ² times the data's 1. ScoreSdeVe's correctors take
+the mean of the norms over a batch, ours those of each image, and its images lie in [0, 1].
 """
 
 from __future__ import annotations
