@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import tfdiffusion as tfd
-from tfdiffusion import export
+from tfdiffusion import export, samplers, times
+from tfdiffusion.denoiser import Threshold
 
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="SavedModels are written by TensorFlow alone"
@@ -90,11 +91,12 @@ def randomize(model, seed):
         variable.assign(rng.normal(size=variable.shape) / fan_in**0.5)
 
 
-def make(shape, **config):
+def make(shape, sampling=None, **config):
     """A model with weights as loaded from elsewhere, never trained."""
     unet = {"out_channels": shape[-1], "widths": (8,), "groups": 4, "blocks_per_level": 1}
     # "v" keeps random networks in range, where "noise" is clipped to black and white.
-    model = tfd.DiffusionModel(tfd.networks.UNet(**{**unet, **config}), prediction="v")
+    network = tfd.networks.UNet(**{**unet, **config})
+    model = tfd.DiffusionModel(network, prediction="v", sampling=sampling)
     model.build((None, *shape))
     randomize(model, seed=0)
     return model

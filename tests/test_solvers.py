@@ -213,7 +213,7 @@ def test_reports_count_what_begins_and_ends_a_run(sampler, steps, expected):
             asked.append(t)
             return denoiser(x_t, t)
 
-    x = np.ones((1, 2), FLOAT)
+    x = np.ones((1, 2), "float32")
     _, report = integrate(Counting(), sampler, visited, keys, x, return_report=True)
     assert int(report["evaluations"]) == expected
     if DOUBLE:  # where nothing is traced, each is a call
@@ -244,7 +244,7 @@ def test_a_measured_langevin_step_has_the_size_of_the_paper():
     """h = 2 (snr ‖z‖/‖∇ log q‖)² (arXiv:2011.13456, alg. 4), by the row."""
     denoiser = exact.GaussianMixture([[0.4, -0.2]], 0.3, process="ve")
     keys, t = random.fold_in(random.keys([3, 4]), 1), np.asarray(0.4, FLOAT)
-    x = np.array([[1.0, 2.0], [-3.0, 0.5]], FLOAT)
+    x = np.array([[1.0, 2.0], [-3.0, 0.5]], "float32")
     z, sigma = numpy(random.normal(keys, (2,))), PUBLISHED["ve"](0.4)[1]
     score = -(x - [0.4, -0.2]) / (0.3 + sigma**2)
     norms = [np.linalg.norm(part, axis=1, keepdims=True) for part in (z, score)]
@@ -297,7 +297,6 @@ def variance_after(sampler, count, monkeypatch, streams=(None,)):
         (EulerMaruyama(), 1),
         (ReverseDiffusion(), 1),
         (SDEDPMSolverPP(), 2),
-        (SDEDPMSolverPP(midpoint=False), 2),
     ],
     ids=str,
 )

@@ -720,6 +720,9 @@ def _info(args: argparse.Namespace) -> None:
         "makes": "x".join(map(str, model.sample_shape)),
         "classes": "none" if classes is None else f"{classes}" + _named(names),
     }
+    if not _is_score_model(model):
+        own = model.sampling
+        rows["samples with"] = f"{own.sampler}, {own.grid}, {own.steps} steps"
     if data:
         rows["data"] = f"{data['name']}, {data['examples']} examples, {data['held_out']} held out"
     if run:
