@@ -312,7 +312,7 @@ def _sampling_arguments(parser: Any) -> None:
         type=_whole(1),
         metavar="N",
         help="steps from noise to image: more take longer and come closer to the exact solution "
-        f"(default: {_defaults.STEPS}; an imported model brings its own, of the next two as well)",
+        f"(default: {_defaults.STEPS}; imported models bring their own, as of the next two)",
     )
     parser.add_argument(
         "--sampler",

@@ -33,9 +33,10 @@ def from_diffusers(
     """Makes a Keras model of a diffusers checkpoint: the same numbers, to sample, train and export.
 
     Its process, prediction and way to sample come from the scheduler's configuration. A checkpoint
-    without one counts as DDPM's: 1000 steps, β from 1e-4 to 0.02, noise prediction. The labels of a
-    class-conditional network have no "no label" yet, for guidance: it starts as a vector of zeros,
-    and `fit` trains it.
+    without one counts as DDPM's: 1000 steps, β from 1e-4 to 0.02, noise prediction. Images are in
+    the range that they have there, which is [−1, 1], but [0, 1] with a ScoreSdeVeScheduler. The
+    labels of a class-conditional network have no "no label" yet, for guidance: it starts as a
+    vector of zeros, and `fit` trains it.
 
     Args:
         path: a folder or the name of one on the Hugging Face Hub (pip install

@@ -154,7 +154,9 @@ def read_pytorch(path: str | os.PathLike) -> Any:
     path = Path(path)
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except OSError:
+        raise
+    except Exception as error:  # no zip at all, or one of no known version or encoding
         raise ValueError(
             f"{str(path)!r} is no PyTorch file of version 1.6 or later, or it is incomplete. An "
             "older one that you trust can be saved again by a newer PyTorch."
