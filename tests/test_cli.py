@@ -126,7 +126,7 @@ finally:
     assert "examples:" in result.stdout and "--mixed-precision" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "export", "info"])
+@pytest.mark.parametrize("name", ["train", "sample", "export", "info", "convert"])
 def test_every_command_explains_every_option(name, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main([name, "--help"])

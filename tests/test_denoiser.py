@@ -11,7 +11,13 @@ from oracles import PUBLISHED, GaussianData, numpy
 from tfdiffusion import denoiser as denoisers
 from tfdiffusion import predictions, processes
 from tfdiffusion._backend import rows
-from tfdiffusion.denoiser import Clipped, Conditioned, DynamicallyThresholded, NetworkDenoiser
+from tfdiffusion.denoiser import (
+    Clipped,
+    Conditioned,
+    DynamicallyThresholded,
+    NetworkDenoiser,
+    Threshold,
+)
 from tfdiffusion.exact import GaussianMixture
 
 VARIANCE = 0.25
@@ -96,6 +102,10 @@ def test_the_network_s_input_has_unit_spread(process):
         np.testing.assert_array_equal(numpy(network.seen["x"]), numpy(x_t))
 
 
+def sigma_of(process, t):
+    return PUBLISHED[process](t)[1]
+
+
 def test_what_the_network_is_told_about_time():
     def told(kind, process, t):
         network = Recorder()
@@ -115,6 +125,15 @@ def test_what_the_network_is_told_about_time():
     np.testing.assert_allclose(
         told("level", ladder, np.float32([0.1, 0.5, 1.0])), [9, 5, 0], atol=1e-5
     )
+    np.testing.assert_allclose(
+        told("nearest_timestep", "vp", np.float32([0.0012, 0.4996, 1.0])), [0, 499, 999]
+    )
+    np.testing.assert_allclose(told("thousandths", "flow", steps), [1, 500, 1000], rtol=1e-6)
+    np.testing.assert_allclose(told("sigma", "edm", steps), sigma_of("edm", steps), rtol=1e-5)
+    # score_sde's code: times from 1 to 1e-5 stand for those from 1 to 0.
+    later = steps + 1e-5 * (1.0 - steps)
+    expected = sigma_of("ve", later.astype("float64"))
+    np.testing.assert_allclose(told("score_sde_sigma", "ve", steps), expected, rtol=1e-6)
     # A scalar time is every row's.
     np.testing.assert_allclose(told("timestep", "linear", 0.5), [499.0] * 3)
 
@@ -191,6 +210,30 @@ def test_dynamic_thresholding():
     np.testing.assert_allclose(out[1, :, 0], np.clip(outside, -s, s) / s, atol=1e-5)
     with pytest.raises(ValueError, match=r"quantile must lie in \(0, 1\]\. Received 1.5"):
         DynamicallyThresholded(Constant(x_0), quantile=1.5)
+
+
+def test_dynamic_thresholding_may_have_a_most():
+    x_0 = np.linspace(-4.0, 4.0, 101).reshape(1, 101, 1)
+    out = numpy(DynamicallyThresholded(Constant(x_0), 0.9, most=1.5)(batch((1, 101, 1)), 0.5))
+    np.testing.assert_allclose(out, np.clip(x_0, -1.5, 1.5) / 1.5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"most must be at least 1\. Received 0.5"):
+        DynamicallyThresholded(Constant(x_0), most=0.5)
+
+
+def test_thresholds_as_objects():
+    x_0 = np.linspace(-4.0, 4.0, 101).reshape(1, 101, 1)
+    inner, x_t = Constant(x_0), batch((1, 101, 1))
+    for threshold, expected in (
+        (Threshold(), np.clip(x_0, -1, 1)),
+        (Threshold(0.5), np.clip(x_0, -0.5, 0.5)),
+        (Threshold(1.5, 0.9), np.clip(x_0, -1.5, 1.5) / 1.5),
+    ):
+        np.testing.assert_allclose(numpy(threshold(inner)(x_t, 0.5)), expected, atol=1e-6)
+        config = keras.saving.serialize_keras_object(threshold)
+        assert keras.saving.deserialize_keras_object(config) == threshold
+    for limit, quantile in ((0.0, None), (1.0, 1.5)):
+        with pytest.raises(ValueError, match="Threshold needs limit > 0 and a quantile in"):
+            Threshold(limit, quantile)
 
 
 def test_a_wrapped_denoiser_keeps_process_and_latest():

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import tfdiffusion as tfd
-from tfdiffusion import export
+from tfdiffusion import export, samplers, times
+from tfdiffusion.denoiser import Threshold
 
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="SavedModels are written by TensorFlow alone"
@@ -90,11 +91,12 @@ def randomize(model, seed):
         variable.assign(rng.normal(size=variable.shape) / fan_in**0.5)
 
 
-def make(shape, **config):
+def make(shape, sampling=None, **config):
     """A model with weights as loaded from elsewhere, never trained."""
     unet = {"out_channels": shape[-1], "widths": (8,), "groups": 4, "blocks_per_level": 1}
     # "v" keeps random networks in range, where "noise" is clipped to black and white.
-    model = tfd.DiffusionModel(tfd.networks.UNet(**{**unet, **config}), prediction="v")
+    network = tfd.networks.UNet(**{**unet, **config})
+    model = tfd.DiffusionModel(network, prediction="v", sampling=sampling)
     model.build((None, *shape))
     randomize(model, seed=0)
     return model
@@ -414,6 +416,32 @@ def read_png(file):
     image.load()
     assert image.format == "PNG"
     return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+@on_tensorflow
+def test_a_model_s_own_sampling_is_exported(tmp_path):
+    """Sampler, grid, steps and threshold; also a run that ends in a state, not denoised."""
+    import tensorflow as tf
+
+    grid = times.Timesteps("leading", offset=1, until_first=True)
+    own = samplers.Sampling(samplers.PLMS(4, "trapezoid"), grid, 5, Threshold(0.8))
+    model = make((4, 4, 2), widths=(4,), groups=2, mid_attention=False, sampling=own)
+    directory = export.saved_model(model, tmp_path / "out", batch_invariant=False)
+    signatures = tf.saved_model.load(directory).signatures
+    expected = model.sample(len(SEEDS), seeds=SEEDS)
+    answer = signatures["sample_float"](seed=tf.constant(SEEDS))["images"]
+    np.testing.assert_allclose(answer.numpy(), expected, atol=2e-3)
+    assert expected.std() > 0.1
+    requested = {"seed": tf.constant(SEEDS[:2]), "num_steps": tf.constant(7)}
+    pixels = signatures["sample_steps"](**requested)["images"].numpy()
+    expected = np.clip(model.sample(2, seeds=SEEDS[:2], steps=7), -1, 1)
+    assert np.abs(pixels - (expected + 1.0) * 127.5).max() < 1.0
+    # What is asked for comes first.
+    named = {"sampler": "ddim", "grid": "uniform", "steps": 2}
+    directory = export.saved_model(model, tmp_path / "other", batch_invariant=False, **named)
+    answer = tf.saved_model.load(directory).signatures["sample_float"](seed=tf.constant(SEEDS))
+    expected = model.sample(len(SEEDS), seeds=SEEDS, **named)
+    np.testing.assert_allclose(answer["images"].numpy(), expected, atol=2e-3)
 
 
 @on_tensorflow

@@ -52,7 +52,9 @@ TABLE = {
     "plotting": set(),
     "checkpoints": set(),
     "callbacks": {"checkpoints", "evaluation", "likelihood", "plotting", "samplers"},
-    "convert": {"denoiser", "networks", "predictions", "processes", "training"},
+    "convert": {
+        *("denoiser", "networks", "predictions", "processes", "samplers", "times", "training"),
+    },
     "export": {"denoiser", "samplers", "score_matching", "times", "training"},
     "models": {"fitting", "networks", "score_matching", "training", "variational"},
     "runs": {

@@ -22,14 +22,16 @@ MAKE = {name: lambda name=name: processes.get(name) for name in processes.names(
     "from_betas": lambda: Tabulated.from_betas(BETAS),
     "from_sigmas": lambda: Tabulated.from_sigmas(SIGMAS),
     "zero_terminal": lambda: processes.zero_terminal_snr(processes.get("scaled_linear")),
+    "interpolated": lambda: processes.Interpolated(processes.get("linear")),
 }
 MOMENTS = PUBLISHED | {
     "from_betas": oracles.chain(BETAS),
     "from_sigmas": oracles.ladder(SIGMAS),
     "zero_terminal": oracles.zero_terminal(oracles.scaled_linear_betas()),
+    "interpolated": PUBLISHED["linear"],  # at the steps of its chain
 }
 CONTINUOUS = ["vp", "sub_vp", "ve", "flow", "edm", "continuous_cosine"]
-CHAINS = [name for name in MAKE if name not in CONTINUOUS]
+CHAINS = [name for name in MAKE if name not in (*CONTINUOUS, "interpolated")]
 
 every = pytest.mark.parametrize("name", MAKE)
 chains = pytest.mark.parametrize("name", CHAINS)
@@ -462,6 +464,45 @@ def test_zero_terminal_snr_wants_a_chain(process):
 def test_zero_terminal_snr_wants_preserved_variance():
     with pytest.raises(ValueError, match="needs a variance-preserving chain"):
         processes.zero_terminal_snr(Tabulated.from_sigmas(SIGMAS))
+
+
+# Between the steps of a chain.
+
+
+@pytest.mark.parametrize("along", ["level", "log_level"])
+def test_between_steps_the_level_or_its_logarithm_is_linear(along):
+    process = processes.Interpolated(processes.get("linear"), along)
+    assert process.num_timesteps is None and process.resolution == 1000
+    alpha, sigma = PUBLISHED["linear"](np.arange(1001) / 1000)
+    level, place = sigma / alpha, np.array([0.4, 1.0, 1.5, 7.25, 500.9, 998.6, 1000.0])
+    expected = np.interp(place, np.arange(1001), level)
+    if along == "log_level":  # from the first step on
+        inner = np.exp(np.interp(place[1:], np.arange(1, 1001), np.log(level[1:])))
+        expected = np.r_[expected[0], inner]
+    t = (place / 1000).astype(FLOAT)
+    assert_close(process.sigma(t) / process.alpha(t), expected, single=5e-4)
+    assert_close(process.alpha(t) ** 2 + process.sigma(t) ** 2, np.ones(7), single=1e-6)
+    # The inverse finds the way back, also from float32's rounding of a level.
+    assert_close(process.inverse_log_snr(process.log_snr(t)), t, double=1e-9, single=1e-5)
+    # Infinite at the data, and no further than the ends.
+    assert np.isposinf(numpy(process.log_snr(np.asarray(0.0, FLOAT))))
+    beyond = np.asarray([100.0, -100.0], FLOAT)
+    np.testing.assert_allclose(numpy(process.inverse_log_snr(beyond)), [0.0, 1.0], atol=1e-6)
+
+
+def test_a_chain_to_interpolate_keeps_its_variance_and_some_signal():
+    for chain in (
+        Tabulated.from_sigmas(SIGMAS),
+        processes.zero_terminal_snr(processes.get("linear")),
+        processes.get("vp"),
+    ):
+        with pytest.raises(ValueError, match="Interpolated needs a variance-preserving chain"):
+            processes.Interpolated(chain)
+    with pytest.raises(ValueError, match=r"Unknown way to interpolate 'levle'.*'level'"):
+        processes.Interpolated(processes.get("linear"), "levle")
+    again = processes.Interpolated(processes.LinearBeta(50), "level")
+    config = keras.saving.serialize_keras_object(again)
+    assert keras.saving.deserialize_keras_object(config).get_config() == again.get_config()
 
 
 # Configurations.

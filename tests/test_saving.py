@@ -22,10 +22,12 @@ from tfdiffusion import (
     networks,
     predictions,
     processes,
+    samplers,
     score_matching,
     times,
     weights,
 )
+from tfdiffusion.denoiser import Threshold
 
 BACKEND = keras.backend.backend()
 OTHER = "jax" if BACKEND == "tensorflow" else "tensorflow"
@@ -208,6 +210,17 @@ CONFIGURATIONS = [
     {"process": processes.VarianceExploding(sigma_max=7.0), "time_input": "log_sigma"},
     {"process": processes.LinearBeta(num_timesteps=50)},
     {"process": Quadratic(end=0.9), "weight": weights.Sigmoid(bias=-1.0)},
+    {"process": processes.Interpolated(processes.LinearBeta(50), "level")},
+    {
+        "scale_input": False,
+        "sampling": samplers.Sampling(
+            samplers.PLMS(4, "trapezoid"),
+            times.Timesteps("leading", offset=1, until_first=True),
+            steps=7,
+            threshold=Threshold(1.5, 0.9),
+        ),
+    },
+    {"sampling": samplers.Sampling("heun", "uniform", 3, None)},
     {"label_dropout": 0.25, "ema_decay": None, "sigma_data": 0.5, "seed": 9, "name": "mine"},
 ]
 
@@ -232,7 +245,8 @@ def test_configurations_survive(arguments):
     for moment in ("alpha", "sigma"):
         mine, theirs = (numpy(getattr(m.process, moment)(t)) for m in (model, again))
         np.testing.assert_array_equal(mine, theirs)
-    for name in ("weight", "times", "prediction", "label_dropout", "seed", "name"):
+    assert again.raw.scale_input == model.raw.scale_input
+    for name in ("weight", "times", "prediction", "label_dropout", "seed", "name", "sampling"):
         assert getattr(again, name) == getattr(model, name), name
 
 
@@ -261,6 +275,22 @@ def test_models_are_saved_before_training_too(tmp_path, built):
 
 SIGMAS = (2.0, 1.0, 0.5)
 NETWORKS = {
+    "unet2d": (
+        lambda: networks.UNet2D(
+            out_channels=1,
+            encoder=[{"width": 8, "blocks": 1, "groups": 4}],
+            middle={
+                "width": 8,
+                "blocks": 2,
+                "groups": 4,
+                "attention": "each",
+                "attention_groups": 4,
+            },
+            decoder=[{"width": 8, "blocks": 2, "groups": 4}],
+            out_groups=4,
+        ),
+        (4, 4, 1),
+    ),
     "unet": (lambda: networks.UNet(out_channels=1, widths=(8, 8), groups=4), (4, 4, 1)),
     "mlp": (lambda: networks.MLP(width=4, depth=2), (2,)),
     "ncsn": (lambda: score_matching.NCSN(3, width=4), (4, 4, 1)),

@@ -330,3 +330,89 @@ def test_grid_errors():
         times.grid("uniform", 1001, processes.get("linear"))
     with pytest.raises(ValueError, match="steps must be an integer >= 1"):
         times.grid("uniform", 0, processes.get("linear"))
+
+
+# Grids as objects.
+
+OBJECTS = [
+    times.Timesteps(),
+    times.Timesteps("leading", offset=1, until_first=True),
+    times.Timesteps("linspace", exclusive=True, count=900),
+    times.Timesteps("linspace", rounded=False, levels="karras"),
+    times.Timesteps("trailing", levels="log", until_first=True),
+    times.Shifted(),
+    times.Shifted(last=0.0, shift=3.0),
+]
+
+
+@pytest.mark.parametrize("grid", OBJECTS, ids=str)
+@pytest.mark.parametrize("process", processes.names())
+def test_grids_as_objects_fall_on_every_process(grid, process):
+    process = processes.get(process)
+    t = numpy(times.grid(grid, 10, process, dtype=FLOAT))
+    assert t.shape == (10 if grid.denoise_last else 11,)
+    assert (np.diff(t[:10]) < 0).all() and (np.diff(t) <= 0).all()
+    assert 0 < t[-1] and t[0] <= 1
+    if process.num_timesteps:
+        np.testing.assert_allclose(t * 1000, np.rint(t * 1000), atol=1e-3)
+    if not grid.denoise_last:
+        assert t[-1] == pytest.approx(1e-3, rel=1e-6)
+    assert numpy(times.grid(grid, 10, process, 0.6, FLOAT)).max() <= 0.6
+
+
+@pytest.mark.parametrize("grid", OBJECTS, ids=str)
+def test_grids_as_objects_survive_serialization(grid):
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(grid)))
+    again = keras.saving.deserialize_keras_object(config)
+    assert again == grid and again.denoise_last == grid.denoise_last
+
+
+@pytest.mark.skipif(not DOUBLE, reason="JAX compiles for one number of steps")
+@pytest.mark.parametrize("grid", OBJECTS, ids=str)
+def test_grids_as_objects_take_a_tensor_for_the_number_of_steps(grid):
+    for process in (processes.get("linear"), processes.get("vp")):
+        make = _backend.compiled(lambda n, p=process: times.grid(grid, n, p, 1.0, FLOAT), ())
+        for steps in (1, 10, 37):
+            dynamic = numpy(make(ops.convert_to_tensor(steps)))
+            np.testing.assert_allclose(dynamic, grid_of(grid, steps, process), rtol=1e-6)
+
+
+def test_leading_timesteps_with_an_offset():
+    steps = 1000 * grid_of(times.Timesteps("leading", 1, until_first=True), 4, "linear") - 1
+    np.testing.assert_allclose(steps, [751, 501, 251, 1, 0], atol=1e-3)
+    # DPM-Solver's, as many as if the data were one of them.
+    steps = 1000 * grid_of(times.Timesteps("leading", 1, exclusive=True), 4, "linear") - 1
+    np.testing.assert_allclose(steps, [801, 601, 401, 201], atol=1e-3)
+
+
+def test_named_and_made_spacings_are_the_same():
+    for name in ("leading", "linspace", "trailing"):
+        for steps in (1, 10, 20):  # without halves, which they round in different ways
+            made = grid_of(times.Timesteps(name), steps, "linear")
+            np.testing.assert_allclose(made, grid_of(name, steps, "linear"), rtol=1e-6)
+
+
+def test_a_shift_moves_times_towards_noise():
+    """Esser et al. 2024, eq. 23: with s = √(m/n), what n pixels show at t, m show at t_m."""
+    even = grid_of(times.Shifted(last=0.1), 10, "flow")
+    np.testing.assert_allclose(even, np.linspace(1.0, 0.1, 10), rtol=1e-6)
+    shifted = grid_of(times.Shifted(last=0.1, shift=3.0), 10, "flow")
+    # σ/α is multiplied by s.
+    with np.errstate(divide="ignore"):
+        ratio = (shifted / (1 - shifted))[1:] / (even / (1 - even))[1:]
+    np.testing.assert_allclose(ratio, 3.0, rtol=1e-5)
+
+
+def test_grid_objects_check_their_arguments():
+    with pytest.raises(ValueError, match=r"Unknown spacing 'leadin'\. Did you mean 'leading'"):
+        times.Timesteps("leadin")
+    with pytest.raises(ValueError, match=r"Unknown kind of levels 'karas'"):
+        times.Timesteps(levels="karas")
+    with pytest.raises(ValueError, match=r"offset >= 0.*Received spacing='leading', offset=-1"):
+        times.Timesteps(offset=-1)
+    with pytest.raises(ValueError, match="spacing='trailing', offset=0, count=500"):
+        times.Timesteps("trailing", count=500)
+    with pytest.raises(ValueError, match=r"0 <= last < 1 and shift > 0\. Received last=1"):
+        times.Shifted(last=1.0)
+    with pytest.raises(ValueError, match="steps=1001 exceeds the 1000 noise levels"):
+        times.grid(times.Timesteps(), 1001, processes.get("linear"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 
 import keras
 import numpy as np
@@ -11,7 +12,18 @@ import pytest
 from keras import ops
 from oracles import PUBLISHED, GaussianData, numpy
 
-from tfdiffusion import DiffusionModel, _backend, exact, networks, predictions, random, weights
+from tfdiffusion import (
+    DiffusionModel,
+    _backend,
+    exact,
+    networks,
+    predictions,
+    random,
+    samplers,
+    times,
+    weights,
+)
+from tfdiffusion.denoiser import Threshold
 from tfdiffusion.training import ExponentialMovingAverage, LossByNoiseLevel
 
 CLASSES = 3
@@ -559,6 +571,39 @@ def test_an_mlp_learns_what_theory_says():
     for side, mean in ((right, means[0]), (~right, means[1])):
         np.testing.assert_allclose(drawn[side].mean(0), mean, atol=0.05)
         np.testing.assert_allclose(drawn[side].std(0), 0.1, atol=0.03)
+
+
+def test_a_model_draws_as_its_sampling_says():
+    own = samplers.Sampling(samplers.DDIM(0.5), "leading", 4, Threshold(0.3))
+    model = made(sampling=own)
+    told = {"sampler": samplers.DDIM(0.5), "grid": "leading", "steps": 4}
+    drawn = model.sample(6)
+    np.testing.assert_array_equal(drawn, model.sample(6, **told, threshold=Threshold(0.3)))
+    assert np.abs(drawn).max() <= 0.3
+    # Each setting may be another, and None is a threshold too.
+    assert np.abs(drawn - model.sample(6, steps=5)).max() > 1e-3
+    assert np.abs(model.sample(6, threshold=None)).max() > 0.3
+    # By default it is the library's.
+    assert made().sampling == samplers.Sampling("dpmpp_2m", "karras", 10)
+    with pytest.raises(ValueError, match=r"steps must be an integer >= 1\. Received steps=0"):
+        samplers.Sampling(steps=0)
+
+
+def test_a_run_may_end_in_a_state():
+    """On a grid that goes on to timestep 0 nothing is denoised at the end."""
+    grid = times.Timesteps("leading", offset=1, until_first=True)
+    model = made(sampling=samplers.Sampling("ddim", grid, 4, None))
+    images, path = model.sample(3, return_path=True)
+    assert path.shape == (5, 3, 2)
+    np.testing.assert_array_equal(images, path[-1])
+    t = numpy(times.grid(grid, 4, model.process))
+    np.testing.assert_allclose(t * 1000 - 1, [751, 501, 251, 1, 0], atol=1e-3)
+    x_t = path[0]
+    for now, then in itertools.pairwise(t):
+        (alpha, sigma), (alpha_s, sigma_s) = PUBLISHED["cosine"](now), PUBLISHED["cosine"](then)
+        x_0 = numpy(model.denoiser()(x_t.astype("float32"), now))
+        x_t = alpha_s * x_0 + sigma_s * (x_t - alpha * x_0) / sigma
+    np.testing.assert_allclose(images, x_t, atol=1e-3)
 
 
 # Keras' tools.

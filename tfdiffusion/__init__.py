@@ -41,7 +41,7 @@ if not _is_command():
     from tfdiffusion.training import DiffusionModel
 
 # These bring matplotlib, TensorFlow or data sets with them: imported when first used.
-_LAZY = ("cli", "data", "evaluation", "exact", "export", "models", "plotting")
+_LAZY = ("cli", "convert", "data", "evaluation", "exact", "export", "models", "plotting")
 
 __all__ = [
     "DiffusionModel",

@@ -85,6 +85,20 @@ examples:
 """
 
 
+_CONVERT = """\
+Make a Keras model that gives the same numbers as a PyTorch checkpoint: a pipeline or UNet2DModel of
+diffusers, from a folder or the Hugging Face Hub, or an NCSN++ or DDPM++ of score_sde. PyTorch is
+not needed, and nothing in the files is executed.
+"""
+
+_CONVERT_EXAMPLES = """\
+examples:
+  tfdiffusion convert google/ddpm-cifar10-32 cifar10.keras     (pip install 'tfdiffusion[convert]')
+  tfdiffusion convert a/folder mine.keras && tfdiffusion export mine.keras served/mine/1
+  tfdiffusion convert checkpoint_8.pth sde.keras --config vp/cifar10_ddpmpp_continuous
+"""
+
+
 class Failure(Exception):
     """It could not be done; the message is one line for the person at the terminal."""
 
@@ -118,7 +132,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError(_unknown("command", argv[0], commands))
     args, extra = parser.parse_known_args(argv)
     if args.command is None:
-        parser.error("a command is missing: train, sample, evaluate, export or info")
+        parser.error("a command is missing: train, sample, evaluate, export, info or convert")
     if extra:
         if not extra[0].startswith("-"):
             commands[args.command].error(f"unexpected argument {extra[0]!r}")
@@ -144,6 +158,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "evaluate": _evaluate_parser(commands),
         "export": _export_parser(commands),
         "info": _info_parser(commands),
+        "convert": _convert_parser(commands),
     }
     for command in by_name.values():
         command.add_argument(
@@ -297,7 +312,7 @@ def _sampling_arguments(parser: Any) -> None:
         type=_whole(1),
         metavar="N",
         help="steps from noise to image: more take longer and come closer to the exact solution "
-        f"(default: {_defaults.STEPS})",
+        f"(default: {_defaults.STEPS}; imported models bring their own, as of the next two)",
     )
     parser.add_argument(
         "--sampler",
@@ -447,6 +462,32 @@ def _info_parser(commands: Any) -> _Parser:
         description="Tell what a model is, and how it was trained if it lies in its run folder.",
     )
     parser.add_argument("model", metavar="MODEL", help="file, run folder or name")
+    return parser
+
+
+def _convert_parser(commands: Any) -> _Parser:
+    parser = commands.add_parser(
+        "convert",
+        help="make a model of a checkpoint of diffusers or score_sde",
+        description=_CONVERT,
+        epilog=_CONVERT_EXAMPLES,
+    )
+    parser.add_argument(
+        "path", metavar="PATH", help="folder, name on the Hugging Face Hub, or .pth file"
+    )
+    parser.add_argument("out", metavar="OUT", help="a .keras file to write")
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help="of a .pth file: its configuration in score_sde, such as vp/cifar10_ddpmpp_continuous",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=_whole(1),
+        metavar="PIXELS",
+        help="side of the images (default: the checkpoint's)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     return parser
 
 

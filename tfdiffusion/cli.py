@@ -1,4 +1,4 @@
-"""The command line, a thin layer over the library: `train | sample | evaluate | export | info`.
+"""The command line: `train | sample | evaluate | export | info | convert`, thin over the library.
 
 What a person can get wrong is told in one line on stderr, before any work starts where it can be
 known by then. Exit codes: 0 done, 1 it could not be done, 2 an argument is wrong, 130 stopped with
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfdiffusion import _arguments, _defaults
+from tfdiffusion import _arguments
 from tfdiffusion._arguments import Failure, UsageError
 
 _CHUNK = 64  # images drawn between two movements of the progress bar; a GIF shows the first
@@ -720,6 +720,9 @@ def _info(args: argparse.Namespace) -> None:
         "makes": "x".join(map(str, model.sample_shape)),
         "classes": "none" if classes is None else f"{classes}" + _named(names),
     }
+    if not _is_score_model(model):
+        own = model.sampling
+        rows["samples with"] = f"{own.sampler}, {own.grid}, {own.steps} steps"
     if data:
         rows["data"] = f"{data['name']}, {data['examples']} examples, {data['held_out']} held out"
     if run:
@@ -736,6 +739,36 @@ def _info(args: argparse.Namespace) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    out = Path(args.out).expanduser()
+    if out.suffix != ".keras":
+        raise UsageError(f"OUT {args.out!r} must end in .keras.")
+    if out.is_dir():
+        raise UsageError(f"OUT {args.out!r} is a folder. Name a file.")
+    if out.exists() and not args.overwrite:
+        raise UsageError(f"OUT {args.out!r} is there already. Pass --overwrite to replace it.")
+    _check_parent(out, "OUT")
+    scored = Path(args.path).suffix in (".pth", ".pt")
+    if scored != (args.config is not None):
+        raise UsageError(
+            "--config goes with a .pth file of score_sde, and names its configuration, such as "
+            "ve/cifar10_ncsnpp_continuous."
+        )
+    _start(args.debug)
+    from tfdiffusion import checkpoints, convert
+
+    with _told(Failure):
+        if scored:
+            model = convert.from_score_sde(Path(args.path).expanduser(), args.config)
+        else:
+            model = convert.from_diffusers(args.path, image_size=args.image_size)
+    with _work():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.save(model, out)
+    makes = "x".join(map(str, model.sample_shape))
+    print(f"{out}  {makes}, {model.network.count_params():,} parameters")
 
 
 def _named(names: Sequence[str] | None) -> str:
@@ -791,9 +824,9 @@ def _sampling(model: Any, args: argparse.Namespace) -> dict:
         if args.steps_per_level is not None:
             raise UsageError("--steps-per-level: this is a diffusion model; use --steps.")
         return {
-            "steps": args.steps or _defaults.STEPS,
-            "sampler": args.sampler or _defaults.SAMPLER,
-            "grid": args.grid or _defaults.GRID,
+            "steps": args.steps or model.sampling.steps,
+            "sampler": args.sampler or model.sampling.sampler,
+            "grid": args.grid or model.sampling.grid,
         }
     given = [f"--{name}" for name in ("steps", "sampler", "grid") if getattr(args, name)]
     if given:
@@ -811,4 +844,5 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "export": _export,
     "info": _info,
+    "convert": _convert,
 }

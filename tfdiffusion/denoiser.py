@@ -15,7 +15,9 @@ import abc
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import keras
 from keras import ops
 
 from tfdiffusion import _backend, _names, predictions
@@ -102,7 +104,7 @@ class Denoiser(abc.ABC):
 
 def _timestep(process: Process, t):
     """DDPM's 0-based step, 0 … T−1; a continuous process counts as one of 1000 steps."""
-    return t * (process.num_timesteps or 1000) - 1.0
+    return t * process.resolution - 1.0
 
 
 def _log_snr(process: Process, t):
@@ -112,12 +114,19 @@ def _log_snr(process: Process, t):
 
 _TIME_INPUTS: dict[str, Callable] = {
     "timestep": _timestep,
+    # For levels between the steps of a chain that the network was never told of.
+    "nearest_timestep": lambda process, t: ops.round(_timestep(process, t)),
+    # What flow-matching networks are told.
+    "thousandths": lambda process, t: 1000.0 * t,
     "log_snr": _log_snr,
+    "sigma": lambda process, t: process.sigma(t),
+    # The code of arXiv:2011.13456 steps from 1 to 0, but tells networks times from 1 to 1e-5.
+    "score_sde_sigma": lambda process, t: process.sigma(t + 1e-5 * (1.0 - t)),
     "log_sigma": lambda process, t: ops.log(process.sigma(t)),
     # EDM's c_noise (arXiv:2206.00364, table 1), for any process: ln(σ/α)/4.
     "edm": lambda process, t: -0.125 * _log_snr(process, t),
     # A noise-conditioned score network's level, 0 for the largest noise (arXiv:1907.05600).
-    "level": lambda process, t: (process.num_timesteps or 1000) * (1.0 - t),
+    "level": lambda process, t: process.resolution * (1.0 - t),
 }
 
 
@@ -132,7 +141,9 @@ class NetworkDenoiser(Denoiser):
         network: called as `network({"x": ..., "time": ..., "label": ...}, training=...)`.
         process: a `Process` or its name.
         prediction: a `Prediction` or its name.
-        time_input: "timestep" (t T − 1), "log_snr", "log_sigma", "edm" (ln(σ/α)/4), "level".
+        time_input: "timestep" (t T − 1), "nearest_timestep" (the same, rounded), "thousandths"
+            (1000 t), "log_snr", "sigma", "score_sde_sigma" (the same, 1e-5 (1 − t) later),
+            "log_sigma", "edm" (ln(σ/α)/4), "level".
         sigma_data: σ_d, the standard deviation of the data.
         scale_input: False feeds x_t as it is, as noise-conditioned score networks want.
 
@@ -309,15 +320,18 @@ class DynamicallyThresholded(Denoiser):
     Args:
         denoiser: any denoiser of images in [−1, 1].
         quantile: in (0, 1].
+        most: of s, at least 1.
 
     Raises:
-        ValueError: If the quantile is out of range.
+        ValueError: If a number is out of range.
     """
 
-    def __init__(self, denoiser: Denoiser, quantile: float = 0.995):
+    def __init__(self, denoiser: Denoiser, quantile: float = 0.995, most: float = float("inf")):
         if not 0.0 < quantile <= 1.0:
             raise ValueError(f"quantile must lie in (0, 1]. Received {quantile}.")
-        self.denoiser, self.quantile = denoiser, quantile
+        if not most >= 1.0:
+            raise ValueError(f"most must be at least 1. Received {most}.")
+        self.denoiser, self.quantile, self.most = denoiser, quantile, most
         self.process, self.latest = denoiser.process, denoiser.latest
         self.variables = denoiser.variables
 
@@ -325,5 +339,45 @@ class DynamicallyThresholded(Denoiser):
         """x̂_0, thresholded and rescaled."""
         x_0 = self.denoiser(x_t, t)
         size = ops.abs(ops.reshape(x_0, (ops.shape(x_0)[0], -1)))
-        scale = rows(ops.maximum(ops.quantile(size, self.quantile, axis=-1), 1.0), x_0)
+        scale = ops.clip(ops.quantile(size, self.quantile, axis=-1), 1.0, self.most)
+        scale = rows(scale, x_0)
         return ops.clip(x_0, -scale, scale) / scale
+
+
+@keras.saving.register_keras_serializable(package="tfdiffusion")
+@dataclass(frozen=True)
+class Threshold:
+    """How x̂_0 is kept in range: a function from denoiser to denoiser.
+
+    Args:
+        limit: x̂_0 is clipped at ±limit; with a quantile, the most that images are divided by.
+        quantile: for dynamic thresholding; None clips.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    limit: float = 1.0
+    quantile: float | None = None
+
+    def __post_init__(self):
+        if not self.limit > 0.0 or (self.quantile is not None and not 0.0 < self.quantile <= 1.0):
+            raise ValueError(
+                "Threshold needs limit > 0 and a quantile in (0, 1]. "
+                f"Received limit={self.limit}, quantile={self.quantile}."
+            )
+
+    def __call__(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser, thresholded."""
+        if self.quantile is None:
+            return Clipped(denoiser, self.limit)
+        return DynamicallyThresholded(denoiser, self.quantile, self.limit)
+
+    def get_config(self) -> dict:
+        """Arguments that make this threshold again."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_config(cls, config: dict) -> Threshold:
+        """Makes the threshold of a configuration."""
+        return cls(**config)

@@ -30,9 +30,9 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _defaults, random, samplers, times
-from tfdiffusion.denoiser import Denoiser
-from tfdiffusion.samplers.loop import integrate, prior, resolve_grid, start_time
+from tfdiffusion import _backend, random, samplers, times
+from tfdiffusion.denoiser import Denoiser, Threshold
+from tfdiffusion.samplers.loop import ending, integrate, prior, resolve_grid, start_time
 from tfdiffusion.score_matching import ScoreModel, langevin
 from tfdiffusion.training import DiffusionModel
 
@@ -47,10 +47,10 @@ def saved_model(
     model: DiffusionModel | ScoreModel,
     directory: str | os.PathLike,
     *,
-    steps: int = _defaults.STEPS,
-    sampler: str | samplers.Sampler = _defaults.SAMPLER,
-    grid: str | Sequence[float] = _defaults.GRID,
-    threshold: str | None = "auto",
+    steps: int | None = None,
+    sampler: str | samplers.Sampler | None = None,
+    grid: str | times.Grid | Sequence[float] | None = None,
+    threshold: str | Threshold | None = "auto",
     steps_per_level: int = 5,
     batch_invariant: bool = True,
     overwrite: bool = False,
@@ -77,7 +77,8 @@ def saved_model(
     Args:
         model: trained, or built and loaded.
         directory: to write; its parents are made. It appears complete or not at all.
-        steps: evaluations of the network a sample, except in `sample_steps`.
+        steps: evaluations of the network a sample, except in `sample_steps`; None, here and in the
+            next two, is what `model.sampling` says.
         sampler: a `Sampler` or its name.
         grid: see `tfdiffusion.times.grid`.
         threshold: see `DiffusionModel.guided`.
@@ -103,7 +104,9 @@ def saved_model(
         request = model.langevin_request(steps_per_level)
         make = functools.partial(_ScoreGraph, model, request, batch_invariant)
     else:
-        sampler = samplers.get(sampler)
+        own = model.sampling
+        sampler = samplers.get(own.sampler if sampler is None else sampler)
+        grid, steps = (own.grid if grid is None else grid), (own.steps if steps is None else steps)
         resolve_grid(model.raw, grid, steps, sampler)
         model.guided(threshold=threshold)
         make = functools.partial(_Graph, model, sampler, grid, steps, threshold, batch_invariant)
@@ -174,7 +177,7 @@ class _Graph:
             "sample_float": traced(lambda **inputs: {name: self._draw(inputs)}, self.rows),
             "denoise": traced(lambda **inputs: {"x_0": self._denoise(inputs)}, self._noisy_rows()),
         }
-        if isinstance(self.grid, str):
+        if isinstance(self.grid, str | times.Grid):
             num_steps = tf.TensorSpec([], tf.int32, "num_steps")
             functions["sample_steps"] = traced(draw, {**self.rows, "num_steps": num_steps})
         if self.is_image and self.shape[-1] in _PNG_CHANNELS:
@@ -238,7 +241,7 @@ class _Graph:
         def run(seed, *conditions):
             keys, denoiser = random.keys(seed), _Traced(self.guided, self.model, conditions)
             x = prior(denoiser, keys, self.shape, visited[0])
-            return integrate(denoiser, self.sampler, visited, keys, x)
+            return integrate(denoiser, self.sampler, visited, keys, x, **ending(self.grid))
 
         return self._each(run, rows)
 

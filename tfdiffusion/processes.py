@@ -48,6 +48,11 @@ class Process(abc.ABC):
     #: T for a chain of T steps (t is then rounded to i/T), None for continuous time.
     num_timesteps: int | None = None
 
+    @property
+    def resolution(self) -> int:
+        """How many timesteps t = 1 counts as: T on a chain of T, 1000 in continuous time."""
+        return self.num_timesteps or 1000
+
     @abc.abstractmethod
     def alpha(self, t):
         """Scale of the data at time t: α(0) = 1, never increasing."""
@@ -454,6 +459,94 @@ class Tabulated(Process):
         return {"alphas": self._alphas[1:].tolist(), "sigmas": self._sigmas[1:].tolist()}
 
 
+@_register
+class Interpolated(Process):
+    """Continuous time through the levels of a chain, for samplers that stop between its steps.
+
+    At t = i/T the noise level ρ = σ/α is the chain's ρ_i; between two of them ρ, or ln ρ, is linear
+    in t, and α = 1/√(1 + ρ²). Before the first step, where ln ρ has no lower end, it is ρ.
+
+    Args:
+        chain: variance-preserving, with some signal left in its last step.
+        along: what is linear: "level", ρ, or "log_level", ln ρ.
+
+    Raises:
+        ValueError: If the chain is another, or `along` unknown.
+    """
+
+    def __init__(self, chain: Tabulated, along: str = "log_level"):
+        if not _is_variance_preserving(chain) or chain._alphas[-1] == 0.0:
+            raise ValueError(
+                "Interpolated needs a variance-preserving chain that ends with some signal, such "
+                f"as 'linear' or 'cosine'. Received {type(chain).__name__}."
+            )
+        if along not in ("level", "log_level"):
+            raise _names.unknown("way to interpolate", along, ("level", "log_level"))
+        self.chain, self.along = chain, along
+        self._levels = chain._sigmas / chain._alphas  # ρ_0 = 0 to ρ_T
+
+    @property
+    def resolution(self) -> int:
+        """T of the chain."""
+        return self.chain.num_timesteps
+
+    def _level(self, t):
+        """ρ(t)."""
+        place = ops.clip(_tensor(t) * self.resolution, 0.0, float(self.resolution))
+        i = ops.minimum(ops.cast(ops.floor(place), "int32"), self.resolution - 1)
+        table, share = ops.cast(self._levels, place.dtype), place - ops.cast(i, place.dtype)
+        low, high = ops.take(table, i, axis=0), ops.take(table, i + 1, axis=0)
+        line = low + share * (high - low)
+        if self.along == "level":
+            return line
+        inner = i > 0
+        ratio = ops.where(inner, high / ops.where(inner, low, 1.0), 1.0)
+        return ops.where(inner, low * ratio**share, line)
+
+    def alpha(self, t):
+        """1/√(1 + ρ²)."""
+        return 1.0 / ops.sqrt(1.0 + self._level(t) ** 2)
+
+    def sigma(self, t):
+        """ρ/√(1 + ρ²)."""
+        level = self._level(t)
+        return level / ops.sqrt(1.0 + level**2)
+
+    def log_snr(self, t):
+        """−2 ln ρ."""
+        return -2.0 * ops.log(self._level(t))
+
+    def inverse_log_snr(self, log_snr):
+        """The t at which ρ = e^(−log_snr/2); the nearest end if there is none."""
+        level = ops.exp(-0.5 * _tensor(log_snr))
+        table = ops.cast(self._levels, level.dtype)
+        level = ops.clip(level, 0.0, table[-1])
+        i = ops.clip(ops.searchsorted(table, level, side="right") - 1, 0, self.resolution - 1)
+        low, high = ops.take(table, i, axis=0), ops.take(table, i + 1, axis=0)
+        share = (level - low) / (high - low)
+        if self.along == "log_level":
+            inner = i > 0
+            low, level = ops.where(inner, low, 1.0), ops.where(inner, level, 1.0)
+            share = ops.where(inner, ops.log(level / low) / ops.log(high / low), share)
+        return (ops.cast(i, share.dtype) + share) / self.resolution
+
+    def get_config(self) -> dict:
+        """See base class."""
+        return {"chain": keras.saving.serialize_keras_object(self.chain), "along": self.along}
+
+    @classmethod
+    def from_config(cls, config: dict) -> Interpolated:
+        """Makes the process of a configuration."""
+        return cls(keras.saving.deserialize_keras_object(config["chain"]), config["along"])
+
+
+def _is_variance_preserving(process) -> bool:
+    """Whether it is a chain with α² + σ² = 1."""
+    return isinstance(process, Tabulated) and np.allclose(
+        process._alphas**2 + process._sigmas**2, 1.0
+    )
+
+
 def _table(name: str, values: Sequence[float]) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
@@ -635,8 +728,7 @@ def zero_terminal_snr(process: Tabulated) -> Tabulated:
     Raises:
         ValueError: If the process is not a variance-preserving chain.
     """
-    chain = isinstance(process, Tabulated) and process.num_timesteps > 1
-    if not chain or not np.allclose(process._alphas**2 + process._sigmas**2, 1.0):
+    if not _is_variance_preserving(process) or process.num_timesteps == 1:
         raise ValueError(
             "zero_terminal_snr needs a variance-preserving chain of at least 2 steps, such as "
             f"'linear' or 'cosine'. Received {type(process).__name__}."

@@ -201,7 +201,7 @@ def _leading(process, u, latest):
 
 def _linspace(process, u, latest):
     # Both ends included.
-    first = 1.0 / (process.num_timesteps or 1000)
+    first = 1.0 / process.resolution
     share = u * _count(u) / ops.maximum(_count(u) - 1.0, 1.0)
     return latest + share * (first - latest)
 
@@ -215,7 +215,7 @@ def _from_level(process, u, latest, level):
     # Times at which ln(σ/α) is level(share, high, low), with a share of the way from 0 to 1 between
     # the ends of the process, which are cut to ±8 where they are not finite. The first time is the
     # latest all the same.
-    ends = ops.convert_to_tensor([latest, 1.0 / (process.num_timesteps or 1000)], dtype=u.dtype)
+    ends = ops.convert_to_tensor([latest, 1.0 / process.resolution], dtype=u.dtype)
     log_snr = ops.clip(process.log_snr(ends), -16.0, 16.0)
     share = u * _count(u) / ops.maximum(_count(u) - 1.0, 1.0)
     log_level = level(share, -0.5 * log_snr[0], -0.5 * log_snr[1])
@@ -259,6 +259,158 @@ def _count(u):
     return ops.cast(ops.shape(u)[0], u.dtype)
 
 
+def _rank(u):
+    return ops.cast(ops.arange(ops.shape(u)[0]), u.dtype)
+
+
+def _share(u):
+    # Of the way from the first time to the last.
+    return _rank(u) / ops.maximum(_count(u) - 1.0, 1.0)
+
+
+class Grid(abc.ABC):
+    """A grid with settings of its own, where a name does not say enough.
+
+    Example:
+
+    >>> images = model.sample(16, grid=tfd.times.Timesteps("leading", offset=1), steps=50)
+    """
+
+    #: False if a run ends at the last time, in the state that its steps lead to.
+    denoise_last: bool = True
+
+    @abc.abstractmethod
+    def __call__(self, process: Process, u, latest):
+        """The times at u = k/N, k = 0 … N − 1, of shape (N,), falling from at most `latest`."""
+
+    def get_config(self) -> dict:
+        """Arguments that make this grid again."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_config(cls, config: dict) -> Grid:
+        """Makes the grid of a configuration."""
+        return cls(**config)
+
+
+@_register
+@dataclass(frozen=True)
+class Timesteps(Grid):
+    """Strides over the timesteps 0 … T − 1 of a chain, as published samplers lay them.
+
+    | spacing  | timesteps, k = 0 … N − 1           | with `exclusive`                  |
+    |----------|------------------------------------|-----------------------------------|
+    | leading  | (N − 1 − k) ⌊T/N⌋ + offset         | (N − k) ⌊T/(N + 1)⌋ + offset      |
+    | linspace | (N − 1 − k) (T − 1)/(N − 1)        | (N − k) (T − 1)/N                 |
+    | trailing | T (1 − k/N) − 1                    | the same                          |
+
+    DDPM and DDIM took leading ones, latent diffusion with offset 1, DPM-Solver exclusive ones;
+    arXiv:2305.08891, table 2, compares them and recommends trailing. A timestep i is the time
+    (i + 1)/T; halves are rounded to even ones, as NumPy does.
+
+    Args:
+        spacing: "leading", "linspace" or "trailing".
+        offset: of leading timesteps.
+        exclusive: lay N + 1 timesteps and leave out the last.
+        rounded: False keeps the fractions of linspace, for processes that have levels there.
+        levels: "karras" or "log" for equal strides in (σ/α)^(1/7) or ln(σ/α) between the levels of
+            the first and the last timestep (EDM, arXiv:2206.00364, eq. 5; DPM-Solver,
+            arXiv:2206.00927, sec. 3.4); None for the timesteps themselves.
+        until_first: end in the state at timestep 0, one more time, instead of the data.
+        count: lay leading or linspace timesteps over the first so many of a chain, the later ones
+            being all but noise.
+
+    Raises:
+        ValueError: If a name is unknown or a number out of range.
+    """
+
+    spacing: str = "leading"
+    offset: int = 0
+    exclusive: bool = False
+    rounded: bool = True
+    levels: str | None = None
+    until_first: bool = False
+    count: int | None = None
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("spacing", self.spacing, ("leading", "linspace", "trailing")),
+            ("kind of levels", self.levels, (None, "karras", "log")),
+        ):
+            if value not in known:
+                raise _names.unknown(name, value, [k for k in known if k])
+        misplaced = self.spacing == "trailing" and self.count is not None
+        if self.offset < 0 or (self.count is not None and self.count < 1) or misplaced:
+            raise ValueError(
+                "Timesteps needs offset >= 0, and count >= 1 or, with trailing ones, no count. "
+                f"Received spacing={self.spacing!r}, offset={self.offset}, count={self.count}."
+            )
+
+    @property
+    def denoise_last(self) -> bool:
+        """Unless it ends at timestep 0."""
+        return not self.until_first
+
+    def _timesteps(self, process: Process, u):
+        last = float(min(self.count or process.resolution, process.resolution))
+        n, k = _count(u), _rank(u)
+        # In the order in which NumPy's arange and linspace compute: it decides over halves.
+        if self.spacing == "trailing":
+            stride = last - (last - last / n)
+            return ops.round(last - k * stride) - 1.0
+        laid = n + float(self.exclusive)
+        if self.spacing == "leading":
+            return (laid - 1.0 - k) * ops.floor(last / laid) + self.offset
+        steps = (laid - 1.0 - k) * ((last - 1.0) / ops.maximum(laid - 1.0, 1.0))
+        steps = ops.where(laid > 1.0, steps, last - 1.0)  # alone, it is the noisiest
+        return ops.round(steps) if self.rounded else steps
+
+    def __call__(self, process: Process, u, latest):
+        """See base class."""
+        steps = ops.clip(self._timesteps(process, u), 0.0, process.resolution - 1.0)
+        t = ops.minimum((steps + 1.0) / process.resolution, latest)
+        if self.levels is None:
+            return t
+        ends = -0.5 * ops.clip(process.log_snr(ops.stack([t[0], t[-1]])), -40.0, 40.0)
+        share, high, low = _share(u), ends[0], ends[1]
+        even = high + share * (low - high)
+        log_level = even if self.levels == "log" else _power(share, high, low, 7.0)
+        return ops.where(share > 0.0, process.inverse_log_snr(-2.0 * log_level), t[0])
+
+
+@_register
+@dataclass(frozen=True)
+class Shifted(Grid):
+    """N even times u from 1 to `last`, ends included, at s u/(1 + (s − 1) u).
+
+    With s > 1 more of them lie at high noise, as large images need (Esser et al. 2024,
+    arXiv:2403.03206, eq. 23).
+
+    Args:
+        last: u at the end, in [0, 1); no time is earlier than 1e-5.
+        shift: s, positive; 1 leaves the times even.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    last: float = 1e-3
+    shift: float = 1.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.last < 1.0 or self.shift <= 0.0:
+            raise ValueError(
+                "Shifted needs 0 <= last < 1 and shift > 0. "
+                f"Received last={self.last}, shift={self.shift}."
+            )
+
+    def __call__(self, process: Process, u, latest):
+        """See base class."""
+        even = 1.0 + _share(u) * (self.last - 1.0)
+        shifted = self.shift * even / (1.0 + (self.shift - 1.0) * even)
+        return ops.clip(shifted, EARLIEST, latest)
+
+
 _GRIDS = {
     "uniform": _trailing,
     "trailing": _trailing,
@@ -276,7 +428,9 @@ def grid_names() -> list[str]:
     return list(_GRIDS)
 
 
-def grid(name: str, num_steps, process: Process, latest: float = 1.0, dtype: str = "float32"):
+def grid(
+    name: str | Grid, num_steps, process: Process, latest: float = 1.0, dtype: str = "float32"
+):
     """The times at which a sampler evaluates the denoiser, from noise towards data.
 
     | name      | times                                                        |
@@ -290,26 +444,33 @@ def grid(name: str, num_steps, process: Process, latest: float = 1.0, dtype: str
     | optimized | least error of DPM-Solver++ 2M on Gaussians of many scales   |
 
     Args:
-        name: one of the above.
+        name: one of the above, or a `Grid`.
         num_steps: N, an integer or an integer scalar tensor.
         process: on a chain, times are rounded to its own, and no step is visited twice.
         latest: the first time.
         dtype: of the result.
 
     Returns:
-        Tensor (N,), falling.
+        Tensor (N,), falling; (N + 1,) where a grid goes on to timestep 0.
 
     Raises:
         ValueError: If the name is unknown, N < 1, or N exceeds the T of a chain.
     """
-    make = _names.look_up("grid", name, _GRIDS)
+    make = name if isinstance(name, Grid) else _names.look_up("grid", name, _GRIDS)
     if isinstance(num_steps, int | np.integer):
         check_steps(num_steps, process)
     rank = ops.cast(ops.arange(num_steps), dtype)
     count = ops.cast(num_steps, dtype)
     t = process.snap(make(process, rank / count, latest))
-    if process.num_timesteps is None:
-        return t
+    if process.num_timesteps is not None:
+        t = _distinct(t, rank, count, process)
+    if isinstance(make, Grid) and not make.denoise_last:
+        t = ops.concatenate([t, ops.minimum(t[-1:], 1.0 / process.resolution)])
+    return t
+
+
+def _distinct(t, rank, count, process: Process):
+    """Falling times of a chain, none of them twice."""
     # Where two round to one, the later goes on by a step, and so do those that it runs into.
     before = ops.expand_dims(rank, 1) >= rank
     t = ops.min(ops.where(before, t + rank / process.num_timesteps, 2.0 * count), axis=1)

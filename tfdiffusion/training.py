@@ -10,7 +10,6 @@ from keras import ops
 
 from tfdiffusion import (
     _backend,
-    _defaults,
     _names,
     predictions,
     processes,
@@ -25,6 +24,7 @@ from tfdiffusion.denoiser import (
     Denoiser,
     DynamicallyThresholded,
     NetworkDenoiser,
+    Threshold,
 )
 from tfdiffusion.fitting import (
     NOISE,
@@ -35,7 +35,8 @@ from tfdiffusion.fitting import (
     in_batches,
 )
 from tfdiffusion.guidance import ClassifierFreeGuidance
-from tfdiffusion.samplers.loop import integrate, prior, resolve_grid
+from tfdiffusion.samplers.loop import ending, integrate, prior, resolve_grid
+from tfdiffusion.times import Grid
 
 __all__ = ["DiffusionModel", "ExponentialMovingAverage", "LossByNoiseLevel"]
 
@@ -74,9 +75,12 @@ class DiffusionModel(NoiseConditionalModel):
         label_dropout: share of labels withheld in training, which is what guidance needs.
         ema_decay: of the averaged weights; None keeps no average.
         time_input: what the network is told about time; see `NetworkDenoiser`.
+        scale_input: see `NetworkDenoiser`.
         sigma_data: standard deviation of the data.
         bounded: whether the data lie in [−1, 1], which training then checks and sampling makes use
             of; by default so for images, and not so for points. Pass False for latents.
+        sampling: how `sample` and the export draw unless they are told otherwise; None for the
+            library's own choice.
         seed: of times and noise in training.
 
     Raises:
@@ -96,16 +100,17 @@ class DiffusionModel(NoiseConditionalModel):
         label_dropout: float = 0.1,
         ema_decay: float | None = 0.999,
         time_input: str = "timestep",
+        scale_input: bool = True,
         sigma_data: float = 1.0,
         bounded: bool | None = None,
+        sampling: samplers.Sampling | None = None,
         seed: int = 0,
         **kwargs,
     ):
         if sigma_data <= 0.0:
             raise ValueError(f"sigma_data must be positive. Received {sigma_data}.")
-        raw = NetworkDenoiser(
-            network, process, prediction, time_input=time_input, sigma_data=sigma_data
-        )
+        told = {"time_input": time_input, "scale_input": scale_input, "sigma_data": sigma_data}
+        raw = NetworkDenoiser(network, process, prediction, **told)
         super().__init__(
             raw,
             times,
@@ -116,6 +121,7 @@ class DiffusionModel(NoiseConditionalModel):
             **kwargs,
         )
         self.weight = weights.get(weight)
+        self.sampling = samplers.Sampling() if sampling is None else sampling
 
     # Keras: calling and saving.
 
@@ -136,8 +142,10 @@ class DiffusionModel(NoiseConditionalModel):
             "label_dropout": self.label_dropout,
             "ema_decay": None if self.ema is None else self.ema.decay,
             "time_input": self.raw.time_input,
+            "scale_input": self.raw.scale_input,
             "sigma_data": self.raw.sigma_data,
             "bounded": self._bounded,
+            "sampling": serialize(self.sampling),
             "seed": self.seed,
         }
 
@@ -145,7 +153,7 @@ class DiffusionModel(NoiseConditionalModel):
     def from_config(cls, config: dict) -> DiffusionModel:
         """See base class."""
         config = dict(config)
-        for key in ("network", "process", "weight", "times"):
+        for key in ("network", "process", "weight", "times", "sampling"):
             if isinstance(config.get(key), dict):
                 config[key] = keras.saving.deserialize_keras_object(config[key])
         return cls(**config)
@@ -182,15 +190,21 @@ class DiffusionModel(NoiseConditionalModel):
     # Sampling.
 
     def guided(
-        self, label=None, guidance=None, *, threshold: str | None = "auto", ema: bool = True
+        self,
+        label=None,
+        guidance=None,
+        *,
+        threshold: str | Threshold | None = "auto",
+        ema: bool = True,
     ) -> Denoiser:
         """A denoiser with label, guidance and thresholding in it, ready for any sampler.
 
         Args:
             label: int (B,) or scalar; None for the unconditional model.
             guidance: scale, a number or float (B,); None for the plain conditional model.
-            threshold: "clip" holds x̂_0 in [−1, 1], "dynamic" is Imagen's, None does neither;
-                "auto" is "clip" for data that lie in [−1, 1] and None for others.
+            threshold: "clip" holds x̂_0 in [−1, 1], "dynamic" is Imagen's, a `Threshold` has
+                another range, None does neither; "auto" is that of `self.sampling`, and if that is
+                "auto" too, "clip" for data that lie in [−1, 1] and None for others.
             ema: False for the raw weights.
 
         Raises:
@@ -201,10 +215,14 @@ class DiffusionModel(NoiseConditionalModel):
             denoiser = ClassifierFreeGuidance(denoiser, label, guidance)
         elif label is not None:
             denoiser = Conditioned(denoiser, label)
-        wrappers = {"clip": Clipped, "dynamic": DynamicallyThresholded}
-        if threshold is None or (threshold == "auto" and not self.bounded):
+        threshold = self.sampling.threshold if threshold == "auto" else threshold
+        if threshold == "auto":
+            threshold = "clip" if self.bounded else None
+        if threshold is None:
             return denoiser
-        threshold = "clip" if threshold == "auto" else threshold
+        if isinstance(threshold, Threshold):
+            return threshold(denoiser)
+        wrappers = {"clip": Clipped, "dynamic": DynamicallyThresholded}
         return _names.look_up("threshold", threshold, wrappers)(denoiser)
 
     def sample(
@@ -213,10 +231,10 @@ class DiffusionModel(NoiseConditionalModel):
         *,
         label=None,
         guidance: float | Sequence[float] = 1.0,
-        steps: int = _defaults.STEPS,
-        sampler: str | samplers.Sampler = _defaults.SAMPLER,
-        grid: str = _defaults.GRID,
-        threshold: str | None = "auto",
+        steps: int | None = None,
+        sampler: str | samplers.Sampler | None = None,
+        grid: str | Grid | Sequence[float] | None = None,
+        threshold: str | Threshold | None = "auto",
         seed: int = 0,
         seeds=None,
         ema: bool = True,
@@ -231,7 +249,8 @@ class DiffusionModel(NoiseConditionalModel):
             guidance: scale of all images, or one a row (num,); 1 is the plain conditional model,
                 0 ignores the label.
             steps: N, times to visit, at most T on a chain of T steps; a sampler of k evaluations a
-                step takes k (N − 1) + 1 of the network.
+                step takes k (N − 1) + 1 of the network. None is what `self.sampling` says, here
+                and in the next two.
             sampler: "ddim", "ddpm", ..., or a `Sampler`.
             grid: times to visit; see `tfdiffusion.times.grid`.
             threshold: see `guided`.
@@ -252,11 +271,13 @@ class DiffusionModel(NoiseConditionalModel):
             raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")
         seeds, labels, scales = self._check_request(num, label, guidance, seed, seeds)
         self._start_average()
-        sampler = samplers.get(sampler)
+        own = self.sampling
+        sampler = samplers.get(own.sampler if sampler is None else sampler)
+        grid, steps = (own.grid if grid is None else grid), (own.steps if steps is None else steps)
         visited = resolve_grid(self.raw, grid, steps, sampler)
         guided = bool((scales != 1.0).any())
         run = self._compiled_sampler(
-            sampler, labels is not None, guided, threshold, ema, return_path
+            sampler, labels is not None, guided, threshold, ema, return_path, ending(grid)
         )
         rows = [random.keys(seeds)]
         if labels is not None:
@@ -271,7 +292,7 @@ class DiffusionModel(NoiseConditionalModel):
 
         return in_batches(draw, rows, num, batch_size, return_path)
 
-    def _compiled_sampler(self, sampler, conditional, guided, threshold, ema, return_path):
+    def _compiled_sampler(self, sampler, conditional, guided, threshold, ema, return_path, end):
         """One compiled loop for each kind of request, kept for the next."""
         key = (
             type(sampler).__name__,
@@ -281,6 +302,7 @@ class DiffusionModel(NoiseConditionalModel):
             threshold,
             ema,
             return_path,
+            end["denoise_last"],
         )
         if key not in self._compiled_samplers:
             shape = self.sample_shape
@@ -289,7 +311,7 @@ class DiffusionModel(NoiseConditionalModel):
                 denoiser = self.guided(label, scale, threshold=threshold, ema=ema)
                 x = prior(denoiser, keys, shape, visited[0])
                 wanted = {"return_path": return_path, "return_report": True}
-                return integrate(denoiser, sampler, visited, keys, x, **wanted)
+                return integrate(denoiser, sampler, visited, keys, x, **end, **wanted)
 
             variables = self.variables
             self._compiled_samplers[key] = _backend.compiled(run, variables)

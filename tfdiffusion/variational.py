@@ -150,6 +150,7 @@ class LearnedVarianceModel(DiffusionModel):
             self.process,
             self.prediction,
             time_input=self.raw.time_input,
+            scale_input=self.raw.scale_input,
             sigma_data=self.raw.sigma_data,
         )
         self.objective, self.vlb_weight, self.levels = objective, float(vlb_weight), levels

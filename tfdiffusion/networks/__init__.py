@@ -16,15 +16,18 @@ from tfdiffusion.networks.layers import (
 )
 from tfdiffusion.networks.mlp import MLP, ResidualDense
 from tfdiffusion.networks.unet import UNet
+from tfdiffusion.networks.unet2d import Level, UNet2D
 
 __all__ = [
     "MLP",
     "Downsample",
     "GroupNormalization",
+    "Level",
     "ResidualBlock",
     "ResidualDense",
     "SelfAttention",
     "TimeEmbedding",
     "UNet",
+    "UNet2D",
     "Upsample",
 ]

@@ -18,7 +18,14 @@ import keras
 import numpy as np
 from keras import ops
 
-RESAMPLE = (None, "down", "up")
+RESAMPLE = (None, "down", "up", "fir_down", "fir_up")
+
+ACTIVATIONS = {
+    "silu": ops.silu,
+    "relu": ops.relu,
+    "gelu": lambda x: ops.gelu(x, approximate=False),
+    "mish": lambda x: x * ops.tanh(ops.softplus(x)),
+}
 
 
 def choice(argument: str, value: object, allowed: tuple) -> object:
@@ -95,6 +102,32 @@ def check_inputs(inputs: dict, num_classes: int | None) -> None:
         )
 
 
+def sinusoids(inputs, features: int, freq_shift: float, flip_sin_to_cos: bool):
+    """DDPM's positional encoding, see `TimeEmbedding`: `(B,)` -> `(B, features)`."""
+    half = features // 2
+    exponents = -math.log(10000.0) * np.arange(half) / (half - freq_shift)
+    frequencies = ops.convert_to_tensor(np.exp(exponents).astype("float32"))
+    encoded = waves(outer(inputs, frequencies), flip_sin_to_cos)
+    return ops.pad(encoded, ((0, 0), (0, 1))) if features % 2 else encoded
+
+
+def fourier(inputs, frequencies):
+    """Random Fourier features, see `TimeEmbedding`: `(B,)`, `(F,)` -> `(B, 2 F)`."""
+    # In this order, as others round: the angles are so large that their last digits count.
+    return waves(2.0 * math.pi * outer(inputs, ops.convert_to_tensor(frequencies)))
+
+
+def outer(inputs, frequencies):
+    """`(B,)`, `(F,)` -> `(B, F)` in float32."""
+    return ops.cast(inputs, "float32")[:, None] * frequencies[None, :]
+
+
+def waves(angles, flip_sin_to_cos: bool = False):
+    """Sines and cosines: `(B, F)` -> `(B, 2 F)`."""
+    parts = [ops.sin(angles), ops.cos(angles)]
+    return ops.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
+
+
 @keras.saving.register_keras_serializable(package="tfdiffusion")
 class Dropout(keras.layers.Dropout):
     """Keras' dropout, which also saves where its random numbers stand.
@@ -113,7 +146,7 @@ class Dropout(keras.layers.Dropout):
 
 @keras.saving.register_keras_serializable(package="tfdiffusion")
 class GroupNormalization(keras.layers.Layer):
-    """Group normalization (Wu & He 2018, arXiv:1803.08494), optionally followed by SiLU.
+    """Group normalization (Wu & He 2018, arXiv:1803.08494), optionally with an activation.
 
     Gives what `keras.layers.GroupNormalization` gives, in a form that is several times faster on
     CPUs: the image is reduced to `(B, C)` sums first, groups are combined on those, and the result
@@ -128,7 +161,7 @@ class GroupNormalization(keras.layers.Layer):
         groups: Number of groups; must divide the number of channels.
         epsilon: Added to the variance. (Keras' own layer defaults to 1e-3, the papers use 1e-6 or
             1e-5.)
-        activation: `None` or `"silu"`, applied to the result.
+        activation: `None`, or one of `"silu"`, `"relu"`, `"gelu"`, `"mish"`, applied to the result.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -145,7 +178,7 @@ class GroupNormalization(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         self.groups = positive_int("groups", groups)
         self.epsilon = positive_float("epsilon", epsilon)
-        self.activation = choice("activation", activation, (None, "silu"))
+        self.activation = choice("activation", activation, (None, *ACTIVATIONS))
 
     def build(self, input_shape):
         channels = input_shape[-1]
@@ -187,8 +220,8 @@ class GroupNormalization(keras.layers.Layer):
             factor = 1.0 + split(scale)
             multiplier, offset = multiplier * factor, offset * factor + split(shift)
         x = x * join(multiplier) + join(offset)
-        if self.activation == "silu":
-            x = ops.silu(x)
+        if self.activation is not None:
+            x = ACTIVATIONS[self.activation](x)
         return ops.cast(x, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
@@ -267,15 +300,10 @@ class TimeEmbedding(keras.layers.Layer):
 
     def encode(self, inputs):
         """Return the sines and cosines `(B, features)` of `inputs` `(B,)`."""
-        half = self.features // 2
-        if self.kind == "fourier":
-            frequencies = 2.0 * math.pi * ops.convert_to_tensor(self.frequencies)
-        else:
-            exponents = -math.log(10000.0) * np.arange(half) / (half - self.freq_shift)
-            frequencies = ops.convert_to_tensor(np.exp(exponents).astype("float32"))
-        angles = ops.cast(inputs, "float32")[:, None] * frequencies[None, :]  # (B, half)
-        waves = [ops.sin(angles), ops.cos(angles)]
-        return ops.concatenate(waves[::-1] if self.flip_sin_to_cos else waves, axis=-1)
+        if self.kind == "sinusoidal":
+            return sinusoids(inputs, self.features, self.freq_shift, self.flip_sin_to_cos)
+        encoded = fourier(inputs, self.frequencies)
+        return ops.roll(encoded, self.features // 2, axis=-1) if self.flip_sin_to_cos else encoded
 
     def call(self, inputs):
         return self.dense_2(ops.silu(self.dense_1(self.encode(inputs))))
@@ -305,8 +333,10 @@ class SelfAttention(keras.layers.Layer):
     Args:
         num_heads: Number of heads; must divide the channels. Not with `head_dim`.
         head_dim: Channels per head, instead of `num_heads`.
-        groups, norm_epsilon: See `GroupNormalization`.
+        groups: See `GroupNormalization`; `None` for no normalization.
+        norm_epsilon: See `GroupNormalization`.
         output_scale: Divides the sum of shortcut and branch, e.g. sqrt(2).
+        width: Channels of all heads together. Default: those of the input.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -318,38 +348,47 @@ class SelfAttention(keras.layers.Layer):
         *,
         num_heads: int | None = None,
         head_dim: int | None = None,
-        groups: int = 32,
+        groups: int | None = 32,
         norm_epsilon: float = 1e-6,
         output_scale: float = 1.0,
+        width: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_heads, self.head_dim, self.groups = num_heads, head_dim, groups
+        self.norm_epsilon = positive_float("norm_epsilon", norm_epsilon)
         self.output_scale = positive_float("output_scale", output_scale)
-        self.norm = GroupNormalization(
-            groups, epsilon=norm_epsilon, dtype=self.dtype_policy, name="norm"
-        )
+        self.width = width and positive_int("width", width)
+        self.norm = None
+        if groups is not None:
+            self.norm = GroupNormalization(
+                groups, epsilon=norm_epsilon, dtype=self.dtype_policy, name="norm"
+            )
 
     def build(self, input_shape):
         channels = input_shape[-1]
-        self.split = split_heads(channels, self.num_heads, self.head_dim)
-        self.norm.build(input_shape)
+        width = self.width or channels
+        self.split = split_heads(width, self.num_heads, self.head_dim)
+        if self.norm is not None:
+            self.norm.build(input_shape)
 
-        def dense(name, initializer="glorot_uniform"):
+        def dense(name, size, units, initializer="glorot_uniform"):
             layer = keras.layers.Dense(
-                channels, kernel_initializer=initializer, dtype=self.dtype_policy, name=name
+                units, kernel_initializer=initializer, dtype=self.dtype_policy, name=name
             )
-            layer.build((None, channels))
+            layer.build((None, size))
             return layer
 
-        self.query, self.key, self.value = dense("query"), dense("key"), dense("value")
-        self.project = dense("project", "zeros")
+        self.query, self.key = dense("query", channels, width), dense("key", channels, width)
+        self.value = dense("value", channels, width)
+        self.project = dense("project", width, channels, "zeros")
         self.built = True
 
     def call(self, inputs):
         _, height, width, channels = ops.shape(inputs)
         tokens = height * width
-        x = ops.reshape(self.norm(inputs), (-1, channels))  # (B N, C)
+        x = inputs if self.norm is None else self.norm(inputs)
+        x = ops.reshape(x, (-1, channels))  # (B N, C)
 
         def split(x, axes):  # (B N, C) -> (B, N, heads, head_dim), transposed
             return ops.transpose(ops.reshape(x, (-1, tokens, *self.split)), axes)
@@ -358,7 +397,8 @@ class SelfAttention(keras.layers.Layer):
         key, value = split(self.key(x), (0, 2, 3, 1)), split(self.value(x), (0, 2, 1, 3))
         weights = ops.softmax(ops.cast(ops.matmul(query, key), "float32"), axis=-1)
         x = ops.matmul(ops.cast(weights, self.compute_dtype), value)
-        x = self.project(ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, channels)))
+        x = ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, math.prod(self.split)))
+        x = self.project(x)
         x = ops.reshape(x, (-1, height, width, channels))
         return _rescale(inputs + x, self.output_scale)
 
@@ -370,9 +410,10 @@ class SelfAttention(keras.layers.Layer):
             **super().get_config(),
             "num_heads": self.num_heads,
             "head_dim": self.head_dim,
-            "groups": self.norm.groups,
-            "norm_epsilon": self.norm.epsilon,
+            "groups": self.groups,
+            "norm_epsilon": self.norm_epsilon,
             "output_scale": self.output_scale,
+            "width": self.width,
         }
 
 
@@ -381,27 +422,31 @@ class Downsample(keras.layers.Layer):
     """Halve height and width.
 
     Args:
-        kind: `"conv"`, a 3x3 convolution with stride 2, or `"pool"`, the mean of each 2x2 square.
+        kind: `"conv"`, a 3x3 convolution with stride 2; `"pool"`, the mean of each 2x2 square;
+            `"fir"`, the smooth filter (1, 3, 3, 1)/8 along both axes (Zhang 2019,
+            arXiv:1904.11486); or `"fir_conv"`, that filter and then the convolution.
         padding: For `"conv"`: 0 pads one row below and one column to the right, 1 pads one on
             all four sides. Imported weights need the one that they were trained with.
+        width: Channels that a convolution gives. Default: those of the input.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(B, H, W, C)` with even H and W. Returns `(B, H / 2, W / 2, C)`.
     """
 
-    def __init__(self, kind: str = "conv", *, padding: int = 0, **kwargs):
+    def __init__(self, kind: str = "conv", *, padding: int = 0, width: int | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.kind = choice("kind", kind, ("conv", "pool"))
+        self.kind = choice("kind", kind, ("conv", "pool", "fir", "fir_conv"))
         self.padding = choice("padding", padding, (0, 1))
+        self.width = width and positive_int("width", width)
 
     def build(self, input_shape):
-        if self.kind == "conv":
+        if "conv" in self.kind:
             self.conv = keras.layers.Conv2D(
-                input_shape[-1],
+                self.width or input_shape[-1],
                 3,
                 strides=2,
-                padding="valid" if self.padding else "same",
+                padding="valid" if self.padding or self.kind == "fir_conv" else "same",
                 dtype=self.dtype_policy,
                 name="conv",
             )
@@ -411,16 +456,23 @@ class Downsample(keras.layers.Layer):
     def call(self, inputs):
         if self.kind == "pool":
             return ops.average_pool(inputs, 2, strides=2, padding="valid")
+        if self.kind == "fir":
+            return _smooth(_smooth(inputs, 1, pad=1, stride=2), 2, pad=1, stride=2)
+        if self.kind == "fir_conv":
+            return self.conv(_smooth(_smooth(inputs, 1, pad=2), 2, pad=2))
         if self.padding:
             inputs = ops.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
         return self.conv(inputs)
 
     def compute_output_shape(self, input_shape):
         batch, height, width, channels = input_shape
+        if "conv" in self.kind:
+            channels = self.width or channels
         return batch, height and height // 2, width and width // 2, channels
 
     def get_config(self):
-        return {**super().get_config(), "kind": self.kind, "padding": self.padding}
+        config = {"kind": self.kind, "padding": self.padding, "width": self.width}
+        return {**super().get_config(), **config}
 
 
 @keras.saving.register_keras_serializable(package="tfdiffusion")
@@ -428,7 +480,8 @@ class Upsample(keras.layers.Layer):
     """Double height and width: each pixel becomes four, then a 3x3 convolution.
 
     Args:
-        kind: `"conv"`, or `"nearest"` to leave the convolution out.
+        kind: `"conv"`; `"nearest"` leaves the convolution out; `"fir"` does too, and smooths: of
+            the two pixels between neighbours each is 3/4 the nearer and 1/4 the other one.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -437,7 +490,7 @@ class Upsample(keras.layers.Layer):
 
     def __init__(self, kind: str = "conv", **kwargs):
         super().__init__(**kwargs)
-        self.kind = choice("kind", kind, ("conv", "nearest"))
+        self.kind = choice("kind", kind, ("conv", "nearest", "fir"))
 
     def build(self, input_shape):
         if self.kind == "conv":
@@ -448,6 +501,8 @@ class Upsample(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
+        if self.kind == "fir":
+            return _interpolate(_interpolate(inputs, 1), 2)
         x = ops.repeat(ops.repeat(inputs, 2, axis=1), 2, axis=2)
         return self.conv(x) if self.kind == "conv" else x
 
@@ -471,12 +526,15 @@ class ResidualBlock(keras.layers.Layer):
     Args:
         width: Number of output channels.
         groups, norm_epsilon: See `GroupNormalization`.
+        groups_out: Of the second normalization. Default: `groups`.
         scale_shift: `True` modulates the second normalization, `normalized * (1 + scale) + shift`;
             `False` adds the embedding before it.
         resample: `None`, `"down"` (mean of each 2x2 square) or `"up"` (nearest) in branch and
-            shortcut.
+            shortcut; `"fir_down"` and `"fir_up"` smooth as in `Downsample` and `Upsample`.
         dropout: Rate of the dropout before the last convolution.
         output_scale: Divides the sum, e.g. sqrt(2).
+        activation: Of `GroupNormalization`, in place of SiLU.
+        project_shortcut: Whether the shortcut has its 1x1 convolution in any case.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -490,34 +548,39 @@ class ResidualBlock(keras.layers.Layer):
         width: int,
         *,
         groups: int = 32,
+        groups_out: int | None = None,
         norm_epsilon: float = 1e-6,
         scale_shift: bool = False,
         resample: str | None = None,
         dropout: float = 0.0,
         output_scale: float = 1.0,
+        activation: str = "silu",
+        project_shortcut: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.width = positive_int("width", width)
+        self.activation = choice("activation", activation, tuple(ACTIVATIONS))
+        self.project_shortcut = bool(project_shortcut)
         self.scale_shift = bool(scale_shift)
         self.resample = choice("resample", resample, RESAMPLE)
         self.rate = float(dropout)
         self.output_scale = positive_float("output_scale", output_scale)
         policy = self.dtype_policy
-        norm = {"epsilon": norm_epsilon, "activation": "silu", "dtype": policy}
+        norm = {"epsilon": norm_epsilon, "activation": activation, "dtype": policy}
         conv = {"padding": "same", "dtype": policy}
         self.norm_1 = GroupNormalization(groups, **norm, name="norm_1")
         self.conv_1 = keras.layers.Conv2D(self.width, 3, **conv, name="conv_1")
-        self.norm_2 = GroupNormalization(groups, **norm, name="norm_2")
+        self.norm_2 = GroupNormalization(groups_out or groups, **norm, name="norm_2")
         self.conv_2 = keras.layers.Conv2D(
             self.width, 3, kernel_initializer="zeros", **conv, name="conv_2"
         )
         self.dropout = Dropout(self.rate, dtype=policy) if self.rate else None
         self.embed = self.shortcut = self.resampler = None
-        if self.resample == "down":
-            self.resampler = Downsample("pool", dtype=policy)
-        elif self.resample == "up":
-            self.resampler = Upsample("nearest", dtype=policy)
+        if self.resample in ("down", "fir_down"):
+            self.resampler = Downsample("pool" if resample == "down" else "fir", dtype=policy)
+        elif self.resample in ("up", "fir_up"):
+            self.resampler = Upsample("nearest" if resample == "up" else "fir", dtype=policy)
 
     def build(self, inputs_shape, embedding_shape=None):
         channels = inputs_shape[-1]
@@ -532,7 +595,7 @@ class ResidualBlock(keras.layers.Layer):
             units = 2 * self.width if self.scale_shift else self.width
             self.embed = keras.layers.Dense(units, dtype=self.dtype_policy, name="embed")
             self.embed.build(embedding_shape)
-        if channels != self.width:
+        if channels != self.width or self.project_shortcut:
             self.shortcut = keras.layers.Conv2D(
                 self.width, 1, dtype=self.dtype_policy, name="shortcut"
             )
@@ -547,7 +610,7 @@ class ResidualBlock(keras.layers.Layer):
         if self.embed is None:
             x = self.norm_2(x)
         else:
-            embedding = self.embed(ops.silu(embedding))
+            embedding = self.embed(ACTIVATIONS[self.activation](embedding))
             if self.scale_shift:
                 scale, shift = ops.split(embedding, 2, axis=-1)
                 x = self.norm_2(x, scale=scale, shift=shift)
@@ -569,12 +632,44 @@ class ResidualBlock(keras.layers.Layer):
             **super().get_config(),
             "width": self.width,
             "groups": self.norm_1.groups,
+            "groups_out": self.norm_2.groups,
             "norm_epsilon": self.norm_1.epsilon,
             "scale_shift": self.scale_shift,
             "resample": self.resample,
             "dropout": self.rate,
             "output_scale": self.output_scale,
+            "activation": self.activation,
+            "project_shortcut": self.project_shortcut,
         }
+
+
+def _smooth(x, axis: int, pad: int, stride: int = 1):
+    """(1, 3, 3, 1)/8 along an axis, beyond whose ends `pad` zeros are added."""
+    size = ops.shape(x)[axis] + 2 * pad - 3  # of the result, with stride 1
+    x = _pad(x, axis, pad)
+    ends, middle = _slice(x, axis, 0, size, stride), _slice(x, axis, 1, size, stride)
+    ends = ends + _slice(x, axis, 3, size, stride)
+    middle = middle + _slice(x, axis, 2, size, stride)
+    return ends / 8.0 + middle * 0.375
+
+
+def _interpolate(x, axis: int):
+    """Twice as many pixels along an axis, (x_{i-1} + 3 x_i)/4 and (3 x_i + x_{i+1})/4; 0 beyond."""
+    size = ops.shape(x)[axis]
+    padded = _pad(x, axis, 1)
+    before, after = _slice(padded, axis, 0, size), _slice(padded, axis, 2, size)
+    both = ops.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis=axis + 1)
+    shape = ops.shape(x)
+    return ops.reshape(both, (-1, *shape[1:axis], 2 * size, *shape[axis + 1 :]))
+
+
+def _pad(x, axis: int, size: int):
+    return ops.pad(x, [(size, size) if i == axis else (0, 0) for i in range(len(x.shape))])
+
+
+def _slice(x, axis: int, start: int, size, stride: int = 1):
+    """Elements start, start + stride, ... along an axis, up to start + size."""
+    return x[(slice(None),) * axis + (slice(start, start + size, stride),)]
 
 
 def _rescale(x, output_scale):

@@ -6,6 +6,7 @@ from tfdiffusion.samplers.inversion import decode, encode, interpolate, reconstr
 from tfdiffusion.samplers.loop import integrate, prior, sample
 from tfdiffusion.samplers.multistep import DEIS, LMS, PLMS, DPMSolverPP, SDEDPMSolverPP, UniPC
 from tfdiffusion.samplers.ode import RK4, RK45, Euler
+from tfdiffusion.samplers.sampling import Sampling
 from tfdiffusion.samplers.sde import EulerMaruyama, PredictorCorrector, ReverseDiffusion
 from tfdiffusion.samplers.singlestep import DPMSolver, Heun
 
@@ -26,6 +27,7 @@ __all__ = [
     "ReverseDiffusion",
     "SDEDPMSolverPP",
     "Sampler",
+    "Sampling",
     "UniPC",
     "decode",
     "encode",

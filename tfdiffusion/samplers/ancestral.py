@@ -55,16 +55,21 @@ class DDIM(Sampler):
 
     Args:
         eta: η in [0, 1]: 0 is deterministic given x_1, 1 is DDPM with β̃.
+        clip: x̂_0 is held in [−clip, clip] after ε̂ was read off it, as some published code does, so
+            that the two are no longer parts of one x_t. A clipped denoiser keeps them so.
 
     Raises:
-        ValueError: If η is out of range.
+        ValueError: If a number is out of range.
     """
 
     eta: float = 0.0
+    clip: float | None = None
 
     def __post_init__(self):
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"DDIM's eta must lie in [0, 1]. Received eta={self.eta}.")
+        if self.clip is not None and not self.clip > 0.0:
+            raise ValueError(f"DDIM's clip must be positive. Received clip={self.clip}.")
 
     @property
     def reversible(self) -> bool:
@@ -77,6 +82,7 @@ class DDIM(Sampler):
         process = denoiser.process
         x_0 = denoiser(x_t, t)
         noise = denoiser.noise_from(x_t, x_0, t)
+        x_0 = self._clipped(x_0)
         alpha_s, sigma_s = process.alpha(s), process.sigma(s)
         if self.eta == 0.0:
             return (rows(alpha_s, x_t) * x_0 + rows(sigma_s, x_t) * noise,)
@@ -88,3 +94,10 @@ class DDIM(Sampler):
         mean = rows(alpha_s, x_t) * x_0 + rows(direction, x_t) * noise
         fresh = rows(self.eta * ops.sqrt(variance), x_t) * random.normal(keys, x_t.shape[1:])
         return (mean + fresh,)
+
+    def finish(self, denoiser: Denoiser, carry: tuple, t, keys):
+        """x̂_0, clipped."""
+        return self._clipped(denoiser(carry[0], t))
+
+    def _clipped(self, x_0):
+        return x_0 if self.clip is None else ops.clip(x_0, -self.clip, self.clip)

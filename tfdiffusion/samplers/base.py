@@ -67,13 +67,14 @@ class Sampler(abc.ABC):
             The carry at s, of the same structure and shapes.
         """
 
-    def finish(self, denoiser: Denoiser, carry: tuple, t):
+    def finish(self, denoiser: Denoiser, carry: tuple, t, keys):
         """The sample, from the carry at the grid's last time: x̂_0, so that no noise is added.
 
         Args:
             denoiser: as in `step`; asked once.
             carry: as the last step returned it.
             t: the last time, a scalar tensor.
+            keys: uint32 (B, 2), fresh, for samplers that stir the state once more.
 
         Returns:
             Tensor (B, ...).

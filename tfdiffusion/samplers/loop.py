@@ -11,7 +11,7 @@ from tfdiffusion import _backend, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.samplers.base import Sampler, get
-from tfdiffusion.times import check_steps
+from tfdiffusion.times import Grid, check_steps
 from tfdiffusion.times import grid as make_grid
 
 # A key has one stream for the prior and one a step, so a path never meets the same number twice.
@@ -46,6 +46,7 @@ def integrate(
     x,
     *,
     denoise_last: bool = True,
+    settle: bool | None = None,
     return_path: bool = False,
     return_report: bool = False,
 ):
@@ -60,8 +61,9 @@ def integrate(
         times: (N,), falling; N may be dynamic.
         keys: uint32 (B, 2).
         x: the state at times[0], (B, ...).
-        denoise_last: False returns the state at times[N − 1] instead, for which solvers keep their
-            order to the end.
+        denoise_last: False returns the state at times[N − 1] instead.
+        settle: whether solvers may end with lower orders, as they do where x̂_0 is the end; by
+            default they keep their order to a last state.
         return_path: also return the states, (N + denoise_last, B, ...): at each time, and last the
             sample.
         return_report: also return what it took, see `Sampler.report`; hand it to `Sampler.check`.
@@ -84,9 +86,13 @@ def integrate(
             path = (ops.slice_update(path[0], start, carry[0][None]),)
         return carry, path
 
-    carry = sampler.start(x, steps + 1 if denoise_last else None)
+    settle = denoise_last if settle is None else settle
+    carry = sampler.start(x, steps + int(denoise_last) if settle else None)
     carry, path = ops.fori_loop(0, steps, advance, (carry, path))
-    result = sampler.finish(denoiser, carry, times[steps]) if denoise_last else carry[0]
+    result = carry[0]
+    if denoise_last:
+        last_keys = random.fold_in(keys, steps + _FIRST_STEP)
+        result = sampler.finish(denoiser, carry, times[steps], last_keys)
     outputs = [result]
     if return_path:
         last = [result[None]] if denoise_last else []
@@ -104,7 +110,7 @@ def sample(
     *,
     sampler: str | Sampler = "ddim",
     steps: int = 50,
-    grid: str | Sequence[float] = "uniform",
+    grid: str | Grid | Sequence[float] = "uniform",
     x=None,
     denoise_last: bool = True,
     return_path: bool = False,
@@ -123,7 +129,7 @@ def sample(
         sampler: a `Sampler` or its name.
         steps: N, the number of times, at most T on a chain; a sampler of k evaluations a step takes
             k (N − 1) + 1.
-        grid: a name that `tfdiffusion.times.grid` knows, or falling times in (0, 1].
+        grid: a name that `tfdiffusion.times.grid` knows, a `Grid`, or falling times in (0, 1].
         x: the state to start from, (B, *shape), instead of noise from the seeds.
         denoise_last: see `integrate`.
         return_path: see `integrate`.
@@ -150,18 +156,12 @@ def sample(
                 f"seeds. Received shape {tuple(x.shape)}."
             )
 
+    end = ending(grid) if denoise_last else {"denoise_last": False}
+
     def run(times, keys, *x):
         state = x[0] if x else prior(denoiser, keys, tuple(shape), times[0])
-        return integrate(
-            denoiser,
-            sampler,
-            times,
-            keys,
-            state,
-            denoise_last=denoise_last,
-            return_path=return_path,
-            return_report=True,
-        )
+        wanted = {"return_path": return_path, "return_report": True}
+        return integrate(denoiser, sampler, times, keys, state, **end, **wanted)
 
     start = () if x is None else (x,)
     *outputs, report = _backend.compiled(run, denoiser.variables)(times, keys, *start)
@@ -171,22 +171,31 @@ def sample(
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
+def ending(grid: str | Grid | Sequence[float]) -> dict:
+    """How a run on a grid ends, as arguments of `integrate`."""
+    return {"denoise_last": getattr(grid, "denoise_last", True), "settle": True}
+
+
 def resolve_grid(
-    denoiser: Denoiser, grid: str | Sequence[float], steps: int, sampler: Sampler | None = None
+    denoiser: Denoiser,
+    grid: str | Grid | Sequence[float],
+    steps: int,
+    sampler: Sampler | None = None,
 ):
-    """The times to visit, checked: a named grid of `steps` times, or the given ones.
+    """The times to visit, checked: a grid of `steps` times, or the given ones.
 
     They begin at the last time at which denoiser and sampler are finite.
 
     Returns:
-        Tensor (N,), float64 where the backend has it.
+        Tensor (N,), or (N + 1,) of a `Grid` that does not denoise the last; float64 where the
+        backend has it.
 
     Raises:
         ValueError: See `sample`.
     """
     dtype, process = _backend.TIME_DTYPE, denoiser.process
     latest = denoiser.latest if sampler is None else start_time(denoiser, sampler)
-    if isinstance(grid, str):
+    if isinstance(grid, str | Grid):
         check_steps(steps, process)
         return make_grid(grid, steps, process, latest, dtype)
     times = [float(t) for t in grid]

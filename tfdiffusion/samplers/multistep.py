@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from keras import ops
 
-from tfdiffusion import _backend, random
+from tfdiffusion import _backend, _names, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.processes import Process
@@ -113,6 +113,9 @@ class DPMSolverPP(_Multistep):
         curvature: share of the parabola's curvature that counts at order 3. The published code
             takes one half, which is steadier with few steps but leaves the error of order 2; with 1
             it is of order 3.
+        midpoint: take a line's value at the middle of the step for its mean; False takes the mean
+            itself, the "heun" of the published code.
+        settles: runs of fewer evaluations go back to lower orders in their last steps.
 
     Raises:
         ValueError: If there is no such order.
@@ -120,6 +123,8 @@ class DPMSolverPP(_Multistep):
 
     order: int = 2
     curvature: float = 0.5
+    midpoint: bool = True
+    settles: int = 15
 
     highest = 3
 
@@ -127,9 +132,8 @@ class DPMSolverPP(_Multistep):
         """See base class."""
         process, x_0 = denoiser.process, denoiser(x_t, t)
         length = self.length(process, t, s)
-        mean_x_0 = mean(
-            (x_0, *past), places, 0.0, length, -length, at_middle=True, curvature=self.curvature
-        )
+        shape = {"at_middle": self.midpoint, "curvature": self.curvature}
+        mean_x_0 = mean((x_0, *past), places, 0.0, length, -length, **shape)
         return move_clean(process, x_t, mean_x_0, t, s), x_0
 
 
@@ -140,12 +144,16 @@ class SDEDPMSolverPP(_Multistep):
 
     Args:
         order: 1 (DDPM with β̃) or 2.
+        midpoint: as in `DPMSolverPP`.
+        settles: as in `DPMSolverPP`.
 
     Raises:
         ValueError: If there is no such order.
     """
 
     order: int = 2
+    midpoint: bool = True
+    settles: int = 15
 
     reversible = False
 
@@ -155,7 +163,8 @@ class SDEDPMSolverPP(_Multistep):
         """See base class."""
         process, x_0 = denoiser.process, denoiser(x_t, t)
         length = self.length(process, t, s)
-        mean_x_0 = mean((x_0, *past), places, 0.0, length, -2.0 * length, at_middle=True)
+        values, rate = (x_0, *past), -2.0 * length
+        mean_x_0 = mean(values, places, 0.0, length, rate, at_middle=self.midpoint)
         c_0, c_t, variance = process.posterior(t, s)
         fresh = rows(ops.sqrt(variance), x_t) * random.normal(keys, x_t.shape[1:])
         return rows(c_0, x_t) * mean_x_0 + rows(c_t, x_t) * x_t + fresh, x_0
@@ -207,7 +216,7 @@ class _Adams(_NoiseMultistep):
     def rest(self, process: Process, t):
         """Length of the step from t to no noise."""
 
-    def finish(self, denoiser: Denoiser, carry: tuple, t):
+    def finish(self, denoiser: Denoiser, carry: tuple, t, keys):
         """x/α less ⟨ε̂⟩ σ/α."""
         x_t, past, places, left = carry
         x_0, noise = clean_and_noise(denoiser, x_t, t)
@@ -252,14 +261,25 @@ class PLMS(_Adams):
 
     Args:
         order: 1 (DDIM) to 4.
+        start_up: how the history is made. "low_orders" gains one with every step and costs nothing;
+            "trapezoid" repeats the first step with the mean of ε̂ at both its ends, one evaluation
+            more (latent diffusion's code); "runge_kutta" begins with order − 1 pseudo Runge–Kutta
+            steps of four evaluations (PNDM, eq. 11).
 
     Raises:
-        ValueError: If there is no such order.
+        ValueError: If there is no such order or start-up.
     """
 
     order: int = 4
+    start_up: str = "low_orders"
 
     highest = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = ("low_orders", "trapezoid", "runge_kutta")
+        if self.start_up not in known:
+            raise _names.unknown("start-up", self.start_up, known)
 
     def length(self, process: Process, t, s):
         """One."""
@@ -268,6 +288,47 @@ class PLMS(_Adams):
     def rest(self, process: Process, t):
         """One."""
         return ops.ones_like(t)
+
+    def move(self, denoiser, x_t, past, places, t, s, keys):
+        """See base class."""
+        if self.start_up == "low_orders" or self.order == 1:
+            return super().move(denoiser, x_t, past, places, t, s, keys)
+        x_0, noise = clean_and_noise(denoiser, x_t, t)
+        rule = {"trapezoid": _trapezoid, "runge_kutta": _runge_kutta}[self.start_up]
+        # The first step knows no earlier value, the last of the Runge–Kutta ones not yet all.
+        oldest = places[1] if self.start_up == "trapezoid" else places[-1]
+        mean_noise = ops.cond(
+            oldest < 0.5 * FAR,
+            lambda: rule(denoiser, x_0, noise, t, s),
+            lambda: mean((noise, *past), places, 0.0, places[0] + 1.0, 0.0),
+        )
+        return move_noise(denoiser.process, x_0, noise, mean_noise, t, s), noise
+
+    def report(self, carry: tuple, steps) -> dict:
+        """See base class."""
+        steps, most = ops.convert_to_tensor(steps), self.order - 1
+        each, count = {"low_orders": (0, 0), "trapezoid": (1, 1), "runge_kutta": (3, most)}[
+            self.start_up
+        ]
+        return {"evaluations": steps + each * ops.minimum(steps, min(count, most))}
+
+
+def _trapezoid(denoiser: Denoiser, x_0, noise, t, s):
+    """Mean of ε̂ at t and at what DDIM makes of it at s."""
+    return 0.5 * (noise + denoiser.noise(move_noise(denoiser.process, x_0, noise, noise, t, s), s))
+
+
+def _runge_kutta(denoiser: Denoiser, x_0, noise, t, s):
+    """Simpson's mean of ε̂ at t, twice half-way, and at s, each reached with the one before."""
+    process = denoiser.process
+    middle = process.snap(0.5 * (t + s))
+
+    def look(mean_noise, to):
+        return denoiser.noise(move_noise(process, x_0, noise, mean_noise, t, to), to)
+
+    second = look(noise, middle)
+    third = look(second, middle)
+    return (noise + 2.0 * second + 2.0 * third + look(third, s)) / 6.0
 
 
 @register("unipc_2", order=2)
@@ -303,7 +364,8 @@ class UniPC(SamplerOfOrder):
         x_t, past, places, left, x_r, r = carry
         process, x_0, length = denoiser.process, denoiser(x_t, t), _rise(denoiser.process, t, s)
         values, begun = (x_0, *past), places[0] > 0.5 * FAR
-        seen = _places(places, left + 1, length.dtype)
+        # As the step was of order min(p, left + 1), it is repeated with one value more.
+        seen = _places(places, left + 2, length.dtype)
         again = mean(values, seen, seen[1], 0.0, seen[1], at_middle=True)
         x_t = ops.where(begun, move_clean(process, x_r, again, r, t), x_t)
         seen = _places(places, left, length.dtype)[:-1]

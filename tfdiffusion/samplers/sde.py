@@ -51,16 +51,23 @@ class ReverseDiffusion(Sampler):
         return (rows(2.0 - a, x_t) * x_t + rows(v, x_t) * denoiser.score(x_t, t) + fresh,)
 
 
-def langevin(denoiser: Denoiser, x_t, t, keys, snr: float):
+def langevin(denoiser: Denoiser, x_t, t, keys, snr: float, measured: bool = False):
     """One Langevin step at a noise level: x + h ∇ log q + √(2h) z with h = 2 (snr σ)².
 
     That is the step of arXiv:2011.13456, alg. 4-5, h = 2 α (snr ‖z‖/‖∇ log q‖)², with the norms
-    at what they are on average, √D and √D/σ, so that an image does not depend on its batch, and
-    with α, 1 − β_i of a chain of 1000 steps, taken for 1, so that any process will do.
+    at what they are on average, √D and √D/σ, and with α, 1 − β_i of a chain of 1000 steps, taken
+    for 1, so that any process will do. `measured` takes the norms of each image as they are; the
+    paper's average over the batch would make an image depend on the others.
     """
-    size = 2.0 * (snr * denoiser.process.sigma(t)) ** 2
-    z = random.normal(keys, x_t.shape[1:])
-    return x_t + rows(size, x_t) * denoiser.score(x_t, t) + rows(ops.sqrt(2.0 * size), x_t) * z
+    z, score = random.normal(keys, x_t.shape[1:]), denoiser.score(x_t, t)
+    ratio = _norm(z) / _norm(score) if measured else denoiser.process.sigma(t)
+    size = 2.0 * (snr * ratio) ** 2
+    return x_t + rows(size, x_t) * score + rows(ops.sqrt(2.0 * size), x_t) * z
+
+
+def _norm(x):
+    """Of each row, (B,)."""
+    return ops.sqrt(ops.sum(ops.square(ops.reshape(x, (ops.shape(x)[0], -1))), axis=-1))
 
 
 # Streams of a step's key: the predictor takes 0.
@@ -76,6 +83,9 @@ class PredictorCorrector(Sampler):
         predictor: name of a sampler that keeps nothing between steps.
         snr: signal-to-noise ratio of a Langevin step, positive; 0.16 is usual.
         corrections: Langevin steps at each time.
+        measured: whether a step's size comes from the norms that noise and score have, or from
+            those that they have on average; see `langevin`.
+        correct_last: whether there are Langevin steps at the last time too, before it is denoised.
 
     Raises:
         ValueError: If the predictor is unknown, or a number out of range.
@@ -84,6 +94,8 @@ class PredictorCorrector(Sampler):
     predictor: str = "reverse_diffusion"
     snr: float = 0.16
     corrections: int = 1
+    measured: bool = False
+    correct_last: bool = False
 
     def __post_init__(self):
         if self.snr <= 0.0 or self.corrections < 1:
@@ -104,9 +116,24 @@ class PredictorCorrector(Sampler):
 
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """Corrects, then predicts."""
-        (x_t,) = carry
-        for k in range(self.corrections):
-            x_t = langevin(denoiser, x_t, t, random.fold_in(keys, k + 1), self.snr)
+        x_t = self._corrected(denoiser, carry[0], t, keys)
         predictor = get(self.predictor)
         fresh = random.fold_in(keys, _PREDICTOR)
         return predictor.step(denoiser, predictor.start(x_t), t, s, fresh)[:1]
+
+    def finish(self, denoiser: Denoiser, carry: tuple, t, keys):
+        """x̂_0, after the last corrections."""
+        x_t = self._corrected(denoiser, carry[0], t, keys) if self.correct_last else carry[0]
+        return denoiser(x_t, t)
+
+    def report(self, carry: tuple, steps) -> dict:
+        """See base class."""
+        last = self.corrections * int(self.correct_last)
+        return {"evaluations": ops.convert_to_tensor(self.evaluations * steps + last)}
+
+    def _corrected(self, denoiser: Denoiser, x_t, t, keys):
+        """After the Langevin steps at t."""
+        for k in range(self.corrections):
+            fresh = random.fold_in(keys, k + 1)
+            x_t = langevin(denoiser, x_t, t, fresh, self.snr, self.measured)
+        return x_t
