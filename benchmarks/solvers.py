@@ -47,11 +47,13 @@ SHARED = {
 # Those that have σ between the levels of the chain, though they ask at a rounded timestep: here
 # they get ε̂ at their σ.
 ROUNDED = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
+# Their way to begin, where it is an option of ours.
+AS_THEIRS = {"plms": samplers.PLMS(start_up="trapezoid")}
 NOTES = """
 Ours visit the noise levels at which diffusers' scheduler asks, and end where it ends:
-`DEISMultistepScheduler` at σ = 0.01, the others at the data. Two of theirs have a way of their own
-with levels: `DDIMScheduler` steps by 1000 // N and so to other levels than it asks at, where N does
-not divide 1000 (6, 12, 15); `PNDMScheduler` asks twice at its first level, which ours does not.
+`DEISMultistepScheduler` at σ = 0.01, the others at the data. PLMS begins as `PNDMScheduler` does,
+with a second evaluation in its first step. `DDIMScheduler` alone steps to other levels than it asks
+at, by 1000 // N, where N does not divide 1000 (6, 12, 15): there the two are not on one grid.
 """
 # What has no counterpart on the other side.
 ONLY_OURS = ("euler", "rk4", "dpm_solver_3")
@@ -86,33 +88,6 @@ THEIR_GRIDS = {
 }
 
 
-class BetweenLevels(tfd.processes.Process):
-    """The chain with levels between its own, where ln(σ/α) is linear in t."""
-
-    def __init__(self, log_levels):
-        self.log_levels = np.asarray(log_levels)
-
-    def _log_level(self, t):
-        t = ops.convert_to_tensor(t)
-        place = ops.maximum(ops.cast(t, _backend.TIME_DTYPE) * len(self.log_levels) - 1.0, 0.0)
-        below = ops.clip(ops.cast(place, "int32"), 0, len(self.log_levels) - 2)
-        levels = ops.convert_to_tensor(self.log_levels, _backend.TIME_DTYPE)
-        low, high = ops.take(levels, below), ops.take(levels, below + 1)
-        return ops.cast(low + (place - ops.cast(below, place.dtype)) * (high - low), t.dtype)
-
-    def alpha(self, t):
-        """See base class."""
-        return ops.sqrt(ops.sigmoid(-2.0 * self._log_level(t)))
-
-    def sigma(self, t):
-        """See base class."""
-        return ops.sqrt(ops.sigmoid(2.0 * self._log_level(t)))
-
-    def get_config(self) -> dict:
-        """See base class."""
-        return {"log_levels": self.log_levels.tolist()}
-
-
 class LowOrderLast(samplers.base.Sampler):
     """A multistep sampler whose last step is of order 1 although it does not end at the data."""
 
@@ -125,7 +100,7 @@ class LowOrderLast(samplers.base.Sampler):
         return self.sampler.start(x_t, self.steps)
 
     def step(self, denoiser, carry: tuple, t, s, keys) -> tuple:
-        """The sampler's."""
+        """The step of the sampler."""
         return self.sampler.step(denoiser, carry, t, s, keys)
 
 
@@ -142,7 +117,7 @@ class Problem:
         self.log_levels = 0.5 * np.log(1.0 / alphas_bar - 1.0)  # ln(σ/α)
         self.denoiser, self.between = (
             tfd.exact.GaussianMixture(self.means, self.variances, self.weights, process=process)
-            for process in ("linear", BetweenLevels(self.log_levels))
+            for process in ("linear", tfd.processes.Interpolated(tfd.processes.get("linear")))
         )
         self.noise = np.random.default_rng(1).standard_normal((COUNT, DIMENSION))
         self.truth = self._end_of_flow()
@@ -184,7 +159,7 @@ class Problem:
         sampler = samplers.get(name)
         steps = (budget - 1) // sampler.evaluations + 1
         times = resolve_grid(self.denoiser, OUR_GRIDS[grid], steps, sampler)
-        return self._run(name, self.denoiser, times)
+        return self._run(sampler, self.denoiser, times)
 
     def ours_on_theirs(self, name: str, kind: str, arguments: dict, budget: int) -> float:
         """Error of one of our samplers at the noise levels at which a scheduler asks."""
@@ -198,13 +173,14 @@ class Problem:
             asked = asked[::2]  # the others lie within its steps
         ends_early = kind in ROUNDED and float(scheduler.sigmas[-1]) > 0.0
         times = [*asked, 0.0] if ends_early else asked
-        return self._run(name, self.between, (np.asarray(times) + 1.0) / 1000, ends_early)
+        sampler = AS_THEIRS.get(name, samplers.get(name))
+        times = (np.asarray(times) + 1.0) / 1000
+        return self._run(sampler, self.between, times, ends_early)
 
-    def _run(self, name: str, denoiser, times, ends_early: bool = False) -> float:
-        key = (name, denoiser, ends_early)
+    def _run(self, sampler, denoiser, times, ends_early: bool = False) -> float:
+        key = (repr(sampler), denoiser, ends_early)
         if key not in self.runs:
             keys = tfd.random.keys(range(COUNT))
-            sampler = samplers.get(name)
             if ends_early:
                 sampler = LowOrderLast(sampler)
 

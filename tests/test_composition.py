@@ -264,12 +264,18 @@ DRAWS = {
 KINDS = ("linear", "ve")  # a chain that keeps variance, and one that does not; the rest are slow
 
 
+NAMES = [*PUBLISHED, "linear, levels between"]
+
+
 @pytest.mark.parametrize(
-    "name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED]
+    "name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 )
 def test_every_solver(name):
     """Each with one prediction, in turn: that all of these agree is shown above and below."""
+    name, _, between = name.partition(", ")
     process = processes.get(name)
+    if between:
+        process = processes.Interpolated(process)
     for i, solver in enumerate(samplers.names()):
         prediction = list(ROWS)[(i + len(name)) % len(ROWS)]
         network = KnowingNetwork(process, prediction)

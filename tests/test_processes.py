@@ -484,6 +484,7 @@ def test_between_steps_the_level_or_its_logarithm_is_linear(along):
     assert_close(process.alpha(t) ** 2 + process.sigma(t) ** 2, np.ones(7), single=1e-6)
     # The inverse finds the way back, also from float32's rounding of a level.
     assert_close(process.inverse_log_snr(process.log_snr(t)), t, double=1e-9, single=1e-5)
+    assert_close(process.inverse_log_snr(process.log_snr(t[2])), t[2], double=1e-9, single=1e-5)
     # Infinite at the data, and no further than the ends.
     assert np.isposinf(numpy(process.log_snr(np.asarray(0.0, FLOAT))))
     beyond = np.asarray([100.0, -100.0], FLOAT)

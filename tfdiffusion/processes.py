@@ -521,7 +521,9 @@ class Interpolated(Process):
         level = ops.exp(-0.5 * _tensor(log_snr))
         table = ops.cast(self._levels, level.dtype)
         level = ops.clip(level, 0.0, table[-1])
-        i = ops.clip(ops.searchsorted(table, level, side="right") - 1, 0, self.resolution - 1)
+        flat = ops.reshape(level, (-1,))  # TensorFlow searches for no scalars
+        i = ops.reshape(ops.searchsorted(table, flat, side="right"), ops.shape(level))
+        i = ops.clip(i - 1, 0, self.resolution - 1)
         low, high = ops.take(table, i, axis=0), ops.take(table, i + 1, axis=0)
         share = (level - low) / (high - low)
         if self.along == "log_level":
