@@ -121,3 +121,16 @@ def test_bits_and_rate_distortion(tmp_path):
     for draw in (plotting.bits_by_time, plotting.rate_distortion):
         with pytest.raises(ValueError, match="is empty"):
             draw({})
+
+
+def test_notebook_style_is_that_of_the_library():
+    import matplotlib
+
+    with matplotlib.rc_context():
+        plotting.use_notebook_style()
+        colours = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+        figure = plotting.loss_curve({"loss": [1.0, 0.5], "val_loss": [1.0, 0.6]})
+        assert [line.get_color() for line in figure.axes[0].get_lines()] == colours[:2]
+        width = figure.get_figwidth()
+        assert iio.imread(figure._repr_png_()).shape[1] == pytest.approx(100 * width, abs=2)
+    assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] != colours
