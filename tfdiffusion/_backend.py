@@ -188,7 +188,10 @@ def compiled(function: Callable, variables: Sequence) -> Callable:
         import tensorflow as tf
 
         # AutoGraph finds nothing to convert where JAX can trace, and doubles the time to trace.
-        return tf.function(function, reduce_retracing=True, autograph=False)
+        graph = tf.function(function, reduce_retracing=True, autograph=False)
+        # To call `sample` in a loop, with another sampler each time, is no mistake to warn of.
+        graph._omit_frequent_tracing_warning = True
+        return graph
     import jax
 
     @jax.jit
