@@ -120,6 +120,8 @@ def execute(notebook: NotebookNode, changes: dict | None = None) -> NotebookNode
         resources={"metadata": {"path": str(FOLDER)}},
         record_timing=False,
         coalesce_streams=True,
+        # What C++ libraries log when they start goes to the terminal, not into the notebook.
+        extra_arguments=["--IPKernelApp.capture_fd_output=False"],
     )
     client.execute()
     return notebook
