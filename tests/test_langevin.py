@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from keras import ops
@@ -136,6 +138,25 @@ def test_a_chain_depends_on_its_own_key_alone():
     together = numpy(langevin.langevin(lambda x: -x, chains(4, 3), keys(4), **request))
     alone = numpy(langevin.langevin(lambda x: -x, chains(4, 3)[2:3], keys(4)[2:3], **request))
     np.testing.assert_allclose(together[2:3], alone, rtol=1e-6)
+
+
+def test_many_calls_in_a_row_say_nothing(caplog):
+    """Each compiles a chain of its own, which TensorFlow takes for one that is traced too often."""
+    logger = logging.getLogger("tensorflow")
+    logger.addHandler(caplog.handler)
+    try:
+        for scale in range(1, 9):
+            langevin.langevin(
+                lambda x, scale=scale: -x / scale,
+                chains(2, 1),
+                keys(2),
+                step_size=0.1,
+                steps=1,
+                convention="ncsn",
+            )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 # Annealed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import re
 
 import keras
@@ -585,15 +584,3 @@ def test_steps_agree_with_diffusers(sampler, steps, monkeypatch):
         size = float(after.abs().max())
         np.testing.assert_allclose(numpy(actual), after.numpy(), atol=5e-4 * size, rtol=0)
         x = after
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's warning")
-def test_a_loop_over_samplers_is_not_warned_of(caplog):
-    logger = logging.getLogger("tensorflow")
-    logger.addHandler(caplog.handler)
-    try:
-        for _ in range(8):
-            _backend.compiled(lambda x: x + 1.0, ())(ops.zeros(()))
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert not caplog.records

@@ -189,7 +189,8 @@ def compiled(function: Callable, variables: Sequence) -> Callable:
 
         # AutoGraph finds nothing to convert where JAX can trace, and doubles the time to trace.
         graph = tf.function(function, reduce_retracing=True, autograph=False)
-        # To call `sample` in a loop, with another sampler each time, is no mistake to warn of.
+        # TensorFlow tells functions apart by their address, which a later one may get again when
+        # this one is gone, and would warn that one function is traced too often.
         graph._omit_frequent_tracing_warning = True
         return graph
     import jax

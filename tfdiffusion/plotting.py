@@ -659,7 +659,8 @@ def field_2d(
         density: maps points (N, 2) to a density or log density (N,), drawn as contours below.
         resolution: arrows along each axis.
         title: above the field.
-        ax: axes to draw in, of a figure of yours; a new figure when None.
+        ax: axes to draw in, of a figure of yours, with the colour bar below; a new figure when
+            None.
 
     Returns:
         The matplotlib figure.
@@ -670,6 +671,7 @@ def field_2d(
     points, limits, places, spacing = _lattice(samples, limits, resolution)
     vectors = _vectors(fn, places)
 
+    bar = {"shrink": 0.85} if ax is None else {"shrink": 0.7, "location": "bottom"}
     if ax is None:
         _, (ax,) = _figure(1, 1, 5.6, 4.8)
     figure = ax.figure
@@ -680,7 +682,7 @@ def field_2d(
         size = float(np.clip(6000 / len(points), 1.5, 12))
         ax.scatter(*points.T, s=size, alpha=0.5, color=_PALETTE[4], linewidths=0)
     quiver = _arrows(ax, places, vectors, spacing)
-    figure.colorbar(quiver, ax=ax, label="norm", shrink=0.85)
+    figure.colorbar(quiver, ax=ax, label="norm", **bar)
     ax.set(title=title or "", xlim=limits, ylim=limits, aspect="equal")
     return _save(figure, path)
 
@@ -957,7 +959,11 @@ def _figure(
     rows: int, columns: int, width: float, height: float, same_axes: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A new figure and its axes as a flat list, in the library's plain style."""
-    figure = _figure_class()(figsize=(width, height), dpi=140, layout="constrained")
+    import matplotlib
+
+    dpi = matplotlib.rcParams["savefig.dpi"]  # of the notebook style, or whoever set it
+    dpi = 140 if dpi == "figure" else dpi
+    figure = _figure_class()(figsize=(width, height), dpi=dpi, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=same_axes, sharey=same_axes)
     axes = list(axes.flat)
     for ax in axes:
