@@ -67,8 +67,15 @@ def on_page_content(html: str, page, **kwargs) -> str:
 
 def _reference_pages(nav: list) -> list[tuple[str, str]]:
     """(title, file) of the pages that are made of docstrings."""
-    pages = [(title, name) for part in nav for entry in part.values() if isinstance(entry, list)
-             for page in entry if isinstance(page, dict) for title, name in page.items()]
+    pages = [
+        (title, name)
+        for part in nav
+        for entry in part.values()
+        if isinstance(entry, list)
+        for page in entry
+        if isinstance(page, dict)
+        for title, name in page.items()
+    ]
     return [(title, name) for title, name in pages if name.startswith("reference/")]
 
 
