@@ -46,7 +46,7 @@ def on_files(files: Files, config) -> Files:
     for pattern in ("assets/*.*", "notebooks/*.ipynb", "notebooks/*.md", "benchmarks/*.md"):
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, name, abs_src_path=str(path)))
+            files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     files.append(File.generated(config, "index.md", abs_src_path=str(ROOT / "README.md")))
     files.append(File.generated(config, _MATHJAX_FILE, abs_src_path=str(_mathjax())))
     for title, name in _reference_pages(config.nav):
