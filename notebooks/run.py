@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             notebook = run(path, options.fast, save=in_place)
             faults = list(blemishes(notebook))
         except Exception as error:  # a cell may fail in any way; the others still get their turn
-            notebook, faults = None, [str(error)]
+            notebook, faults = None, [f"{type(error).__name__}: {error}"]
         if notebook and options.check:
             faults += disagreements(notebook, read(path))
         if notebook and options.out:
