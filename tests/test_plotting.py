@@ -147,7 +147,14 @@ def test_points_move_from_the_first_state_to_the_last(tmp_path):
     states = np.linspace([[-1.0, 0.0]], [[1.0, 0.0]], 21)  # one point, from left to right
     file = tmp_path / "points.gif"
     chosen = plotting.save_points_gif(
-        {"a": states, "b": -states}, file, limits=(-2, 2), trail=2, frames=5, seconds=2, hold=1
+        {"a": states, "b": -states},
+        file,
+        limits=(-2, 2),
+        titles=[f"step {i}" for i in range(21)],
+        trail=2,
+        frames=5,
+        seconds=2,
+        hold=1,
     )
     np.testing.assert_array_equal(chosen, [0, 5, 10, 15, 20])
     pictures = iio.imread(file, index=None)
@@ -155,6 +162,8 @@ def test_points_move_from_the_first_state_to_the_last(tmp_path):
     shown = [iio.immeta(file, index=i)["duration"] for i in range(5)]
     assert shown[-1] == 1000 and sum(shown) == 3000
     rgb = pictures[..., :3].astype(float)
+    black = (rgb.sum(-1) < 100)[:, rgb.shape[1] // 4 : 3 * rgb.shape[1] // 4]  # the upright axes
+    assert black[0].any() and all(np.array_equal(frame, black[0]) for frame in black[1:])
     blue = (rgb[..., 2] - rgb[..., 0] > 100) & (rgb[..., 1] < 150)  # the point's colour
     half = rgb.shape[2] // 2
     first, second = (

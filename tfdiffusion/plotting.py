@@ -748,6 +748,11 @@ def save_points_gif(
             ax.scatter(*_points(samples, "samples").T, s=1.5, color=_PALETTE[4], linewidths=0)
         ax.set(title=name, xlim=limits, ylim=limits, aspect="equal")
     chosen = np.unique(np.rint(np.linspace(0, count - 1, min(frames, count))).astype(int))
+    if titles is not None:
+        figure.suptitle(titles[0], fontsize=11)
+    for _ in range(2):  # until the layout rests, which then holds for all frames
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     pictures = []
     for i in chosen:
         drawn = [
