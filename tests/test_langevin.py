@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from keras import ops
@@ -57,6 +59,32 @@ def test_one_step_in_each_convention():
     np.testing.assert_allclose(ncsnv2, x - 0.08 * x + np.sqrt(0.16) * z, rtol=1e-5)
 
 
+def test_temperature_scales_the_variance():
+    """x + h s + √(2hτ) z has τ times the stationary variance; at 0 it climbs to the mode."""
+    step = {"score": lambda x: -x, "x": chains(), "keys": keys(CHAINS), "step_size": 0.4}
+    step |= {"steps": 60, "convention": "ncsnv2"}
+    x = numpy(langevin.langevin(**step, temperature=0.09))
+    assert x.var() == pytest.approx(0.09 / (1 - 0.4 / 2), rel=5 * ERROR)
+    assert np.abs(numpy(langevin.langevin(**step, temperature=0.0))).max() < 1e-6
+    for temperature in (-0.1, np.inf, np.nan):
+        with pytest.raises(ValueError, match="temperature must be finite and not negative"):
+            langevin.langevin(**step, temperature=temperature)
+
+
+def test_the_path_has_every_state():
+    request = {"step_size": 0.1, "convention": "ncsn"}
+    start = chains(4, 3)
+    last, path = langevin.langevin(
+        lambda x: -x, start, keys(4), steps=5, return_path=True, **request
+    )
+    path = numpy(path)
+    assert path.shape == (6, 4, 3)
+    np.testing.assert_array_equal(path[0], start)
+    np.testing.assert_array_equal(path[-1], numpy(last))
+    third = langevin.langevin(lambda x: -x, start, keys(4), steps=3, **request)
+    np.testing.assert_allclose(path[3], numpy(third), rtol=1e-6)
+
+
 def test_the_published_closed_form_of_one_level():
     """NCSNv2's proposition 4: from the last level's variance, T steps."""
     sigma, ratio, steps, share = 0.5, 1.3, 4, 0.2
@@ -110,6 +138,25 @@ def test_a_chain_depends_on_its_own_key_alone():
     together = numpy(langevin.langevin(lambda x: -x, chains(4, 3), keys(4), **request))
     alone = numpy(langevin.langevin(lambda x: -x, chains(4, 3)[2:3], keys(4)[2:3], **request))
     np.testing.assert_allclose(together[2:3], alone, rtol=1e-6)
+
+
+def test_many_calls_in_a_row_say_nothing(caplog):
+    """Each compiles a chain of its own, which TensorFlow takes for one that is traced too often."""
+    logger = logging.getLogger("tensorflow")
+    logger.addHandler(caplog.handler)
+    try:
+        for scale in range(1, 9):
+            langevin.langevin(
+                lambda x, scale=scale: -x / scale,
+                chains(2, 1),
+                keys(2),
+                step_size=0.1,
+                steps=1,
+                convention="ncsn",
+            )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 # Annealed.

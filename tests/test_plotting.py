@@ -121,3 +121,60 @@ def test_bits_and_rate_distortion(tmp_path):
     for draw in (plotting.bits_by_time, plotting.rate_distortion):
         with pytest.raises(ValueError, match="is empty"):
             draw({})
+
+
+def test_notebook_style_is_that_of_the_library():
+    import matplotlib
+
+    with matplotlib.rc_context():
+        plotting.use_notebook_style()
+        colours = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+        figure = plotting.loss_curve({"loss": [1.0, 0.5], "val_loss": [1.0, 0.6]})
+        assert [line.get_color() for line in figure.axes[0].get_lines()] == colours[:2]
+        width = figure.get_figwidth()
+        assert iio.imread(figure._repr_png_()).shape[1] == pytest.approx(100 * width, abs=2)
+    assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] != colours
+
+
+def test_a_field_can_be_drawn_in_axes_of_ones_own():
+    figure = plotting.scatter_2d({"left": np.zeros((3, 2)), "right": np.ones((3, 2))})
+    left, right = figure.axes[:2]
+    assert plotting.field_2d(lambda x: -x, limits=(-1, 1), title="mine", ax=right) is figure
+    assert right.get_title() == "mine" and left.get_title() == "left"
+
+
+def test_points_move_from_the_first_state_to_the_last(tmp_path):
+    states = np.linspace([[-1.0, 0.0]], [[1.0, 0.0]], 21)  # one point, from left to right
+    file = tmp_path / "points.gif"
+    chosen = plotting.save_points_gif(
+        {"a": states, "b": -states},
+        file,
+        limits=(-2, 2),
+        titles=[f"step {i}" for i in range(21)],
+        trail=2,
+        frames=5,
+        seconds=2,
+        hold=1,
+    )
+    np.testing.assert_array_equal(chosen, [0, 5, 10, 15, 20])
+    pictures = iio.imread(file, index=None)
+    assert len(pictures) == 5 and iio.immeta(file)["loop"] == 0
+    shown = [iio.immeta(file, index=i)["duration"] for i in range(5)]
+    assert shown[-1] == 1000 and sum(shown) == 3000
+    rgb = pictures[..., :3].astype(float)
+    black = (rgb.sum(-1) < 100)[:, rgb.shape[1] // 4 : 3 * rgb.shape[1] // 4]  # the upright axes
+    assert black[0].any() and all(np.array_equal(frame, black[0]) for frame in black[1:])
+    blue = (rgb[..., 2] - rgb[..., 0] > 100) & (rgb[..., 1] < 150)  # the point's colour
+    half = rgb.shape[2] // 2
+    first, second = (
+        [frame.nonzero()[1].mean() for frame in side]
+        for side in (blue[..., :half], blue[..., half:])
+    )
+    assert np.all(np.diff(first) > 5) and np.all(np.diff(second) < -5)
+    for wrong, words in [(states[:, 0], "shape"), (states[:1], "S >= 2"), (states * np.nan, "NaN")]:
+        with pytest.raises(ValueError, match=words):
+            plotting.save_points_gif(wrong, file)
+    with pytest.raises(ValueError, match="1 titles for 21"):
+        plotting.save_points_gif(states, file, titles=["one"])
+    with pytest.raises(ValueError, match="trail"):
+        plotting.save_points_gif(states, file, trail=-1)

@@ -826,3 +826,12 @@ def test_the_model_brings_its_own_loss():
 def test_bad_configurations_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         DiffusionModel(Affine(), **arguments)
+
+
+def test_a_pipeline_is_not_warned_of(recwarn):
+    """Keras would shuffle by default, and says of each data set that it can't."""
+    tf = pytest.importorskip("tensorflow")
+    model = DiffusionModel(Affine(CLASSES))
+    model.compile("sgd")
+    model.fit(tf.data.Dataset.from_tensor_slices((points(), labels())).batch(16), verbose=0)
+    assert not [warning for warning in recwarn if "shuffle" in str(warning.message)]

@@ -188,7 +188,11 @@ def compiled(function: Callable, variables: Sequence) -> Callable:
         import tensorflow as tf
 
         # AutoGraph finds nothing to convert where JAX can trace, and doubles the time to trace.
-        return tf.function(function, reduce_retracing=True, autograph=False)
+        graph = tf.function(function, reduce_retracing=True, autograph=False)
+        # TensorFlow tells functions apart by their address, which a later one may get again when
+        # this one is gone, and would warn that one function is traced too often.
+        graph._omit_frequent_tracing_warning = True
+        return graph
     import jax
 
     @jax.jit

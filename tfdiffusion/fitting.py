@@ -438,6 +438,8 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
             self._start_average()
             if self.built and self.compiled and not self.optimizer.built:
                 self.optimizer.build(self.trainable_variables)
+        if hasattr(x, "element_spec"):  # a data set, of which Keras says that it cannot shuffle it
+            kwargs = {"shuffle": False, **kwargs}
         return super().fit(x, y, **_with_callback(kwargs, _StopAtFault()))
 
     def evaluate(self, x=None, y=None, **kwargs):

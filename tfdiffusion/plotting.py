@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import os
 import re
@@ -39,6 +40,45 @@ _GIF_BYTES = 5_000_000  # an automatic scale stays below
 _GREY_LEVELS = 16  # of a moving frame; noise has no use for more, and does not compress
 _CUBE_LEVELS = 6  # of each colour channel of a moving frame: 6**3 = 216 of a GIF's 256 colours
 _MIN_FRAME_MS = 20  # browsers slow faster frames down to 100 ms
+
+
+# ----------------------------------------------------------------------------------------- style
+
+
+def use_notebook_style() -> None:
+    """Give what a notebook draws with matplotlib the look of this module's figures.
+
+    Sets `matplotlib.rcParams`: the colours of Okabe and Ito in a fixed order, text that can be read
+    at the width of a notebook, light grid lines, layout that leaves room for labels, 100 dots per
+    inch on screen and in files. The only function here that touches global state; call it in the
+    first cell.
+    """
+    import matplotlib
+
+    matplotlib.rcParams.update(
+        {
+            "axes.axisbelow": True,
+            "axes.grid": True,
+            "axes.labelsize": 11,
+            "axes.prop_cycle": matplotlib.cycler(color=_PALETTE),
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlesize": 11,
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 100,
+            "figure.figsize": (6.4, 3.8),
+            "figure.titlesize": 12,
+            "font.size": 10.5,
+            "grid.color": "0.9",
+            "grid.linewidth": 0.8,
+            "image.cmap": "viridis",
+            "legend.fontsize": 10,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "savefig.dpi": 100,
+            "savefig.facecolor": "white",
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------- images
@@ -603,6 +643,7 @@ def field_2d(
     density: Callable[[np.ndarray], Any] | None = None,
     resolution: int = 24,
     title: str | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw a vector field in the plane: a score, a velocity, a denoiser's correction.
 
@@ -618,6 +659,8 @@ def field_2d(
         density: maps points (N, 2) to a density or log density (N,), drawn as contours below.
         resolution: arrows along each axis.
         title: above the field.
+        ax: axes to draw in, of a figure of yours, with the colour bar below; a new figure when
+            None.
 
     Returns:
         The matplotlib figure.
@@ -628,21 +671,139 @@ def field_2d(
     points, limits, places, spacing = _lattice(samples, limits, resolution)
     vectors = _vectors(fn, places)
 
-    figure, axes = _figure(1, 1, 5.6, 4.8)
-    ax = axes[0]
+    bar = {"shrink": 0.85} if ax is None else {"shrink": 0.7, "location": "bottom"}
+    if ax is None:
+        _, (ax,) = _figure(1, 1, 5.6, 4.8)
+    figure = ax.figure
     ax.grid(False)
     if density is not None:
-        fine = 128
-        heights = np.asarray(density(_mesh(limits, fine)), "float64").reshape(fine, fine)
-        line = np.linspace(*limits, fine)
-        ax.contourf(line, line, heights, levels=14, cmap="Greys", alpha=0.6)
+        _contours(ax, density, limits)
     if points is not None:
         size = float(np.clip(6000 / len(points), 1.5, 12))
         ax.scatter(*points.T, s=size, alpha=0.5, color=_PALETTE[4], linewidths=0)
     quiver = _arrows(ax, places, vectors, spacing)
-    figure.colorbar(quiver, ax=ax, label="norm", shrink=0.85)
+    figure.colorbar(quiver, ax=ax, label="norm", **bar)
     ax.set(title=title or "", xlim=limits, ylim=limits, aspect="equal")
     return _save(figure, path)
+
+
+def save_points_gif(
+    states: Any,
+    path: str | os.PathLike,
+    limits: tuple[float, float] | None = None,
+    titles: Sequence[str] | None = None,
+    samples: Any = None,
+    density: Callable[[np.ndarray], Any] | None = None,
+    trail: int = 0,
+    seconds: float = 4.0,
+    hold: float = 1.5,
+    frames: int = 48,
+) -> np.ndarray:
+    """Save points that move in the plane as a GIF that loops forever.
+
+    Args:
+        states: (S, N, 2), from the first state to the last; or a dictionary from title to such an
+            array, all of S states, drawn side by side.
+        path: file name ending in `.gif`; missing folders are made.
+        limits: (low, high) of both axes; around all states when None.
+        titles: S texts, one shown above each state, such as "step 30".
+        samples: (M, 2) points to draw below.
+        density: maps points (N, 2) to a density or log density (N,), drawn as contours below.
+        trail: how many of the states before a state are drawn as the line that led there.
+        seconds: how long the way takes, without the hold.
+        hold: seconds that the last state stays.
+        frames: the most frames to write, at equal distances on the path.
+
+    Returns:
+        The indices of the states that became frames, increasing, the last one S - 1.
+
+    Raises:
+        ValueError: on a wrong shape, NaN, a wrong number of titles, durations that are not positive
+            or fewer than 2 frames.
+    """
+    path = _path(path, (".gif",))
+    panels = states if isinstance(states, Mapping) else {"": states}
+    panels = {str(name): np.asarray(panel, "float64") for name, panel in panels.items()}
+    lengths = {len(panel) for panel in panels.values() if panel.ndim == 3}
+    if any(panel.ndim != 3 for panel in panels.values()) or len(lengths) != 1 or min(lengths) < 2:
+        shapes = ", ".join(str(panel.shape) for panel in panels.values())
+        raise ValueError(f"states has shape {shapes}; expected (S, N, 2) with the same S >= 2.")
+    (count,) = lengths
+    if frames < 2 or not seconds > 0 or not hold > 0 or trail < 0:
+        raise ValueError(
+            f"seconds={seconds}, hold={hold}, frames={frames}, trail={trail}; expected both times "
+            "positive, at least 2 frames and a trail >= 0."
+        )
+    if titles is not None and len(titles) != count:
+        raise ValueError(f"{len(titles)} titles for {count} states.")
+    flat = [_points(panel.reshape(-1, panel.shape[-1]), "states") for panel in panels.values()]
+    limits = _limits(limits, np.concatenate(flat))
+    figure, axes = _figure(1, len(panels), 3.5 * len(panels), 3.7, same_axes=True)
+    figure.set_dpi(100)
+    for ax, name in zip(axes, panels):
+        ax.grid(False)
+        if density is not None:
+            _contours(ax, density, limits)
+        if samples is not None:
+            ax.scatter(*_points(samples, "samples").T, s=1.5, color=_PALETTE[4], linewidths=0)
+        ax.set(title=name, xlim=limits, ylim=limits, aspect="equal")
+    chosen = np.unique(np.rint(np.linspace(0, count - 1, min(frames, count))).astype(int))
+    if titles is not None:
+        figure.suptitle(titles[0], fontsize=11)
+    for _ in range(2):  # until the layout rests, which then holds for all frames
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    pictures = []
+    for i in chosen:
+        drawn = [
+            _moving(ax, panel[max(i - trail, 0) : i + 1])
+            for ax, panel in zip(axes, panels.values())
+        ]
+        if titles is not None:
+            figure.suptitle(titles[i], fontsize=11)
+        pictures.append(_render(figure, "png"))
+        for artist in itertools.chain(*drawn):
+            artist.remove()
+    moving = max(round(seconds * 100 / (len(chosen) - 1)) * 10, _MIN_FRAME_MS)
+    durations = [moving] * (len(chosen) - 1) + [max(round(hold * 100) * 10, _MIN_FRAME_MS)]
+    _write(path, _gif_of_pictures(pictures, durations))
+    return chosen
+
+
+def _moving(ax: Axes, states: np.ndarray) -> list[Any]:
+    """Draw the last of some states, and the lines that led there; returns what was drawn."""
+    size = float(np.clip(6000 / states.shape[1], 1.5, 14))
+    lines = ax.plot(states[..., 0], states[..., 1], color=_PALETTE[1], linewidth=0.6, alpha=0.7)
+    points = ax.scatter(*states[-1].T, s=size, color=_PALETTE[0], linewidths=0, zorder=3)
+    return [*lines, points]
+
+
+def _gif_of_pictures(pictures: Sequence[bytes], durations: list[int]) -> bytes:
+    """PNG files of one size as a GIF, with one palette for all so that differences are small."""
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
+    palette = images[-1].quantize(64, dither=Image.Dither.NONE)
+    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    file = io.BytesIO()
+    images[0].save(
+        file,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=durations,
+        loop=0,
+        optimize=True,
+    )
+    return file.getvalue()
+
+
+def _contours(ax: Axes, density: Callable[[np.ndarray], Any], limits: tuple[float, float]) -> None:
+    """A density as grey areas."""
+    fine = 128
+    heights = np.asarray(density(_mesh(limits, fine)), "float64").reshape(fine, fine)
+    line = np.linspace(*limits, fine)
+    ax.contourf(line, line, heights, levels=14, cmap="Greys", alpha=0.6)
 
 
 def compare_fields_2d(
@@ -803,7 +964,11 @@ def _figure(
     rows: int, columns: int, width: float, height: float, same_axes: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A new figure and its axes as a flat list, in the library's plain style."""
-    figure = _figure_class()(figsize=(width, height), dpi=140, layout="constrained")
+    import matplotlib
+
+    dpi = matplotlib.rcParams["savefig.dpi"]  # of the notebook style, or whoever set it
+    dpi = 140 if dpi == "figure" else dpi
+    figure = _figure_class()(figsize=(width, height), dpi=dpi, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=same_axes, sharey=same_axes)
     axes = list(axes.flat)
     for ax in axes:

@@ -2,6 +2,7 @@
 
 from tfdiffusion.samplers.ancestral import DDIM, DDPM
 from tfdiffusion.samplers.base import Sampler, get, names, register
+from tfdiffusion.samplers.forward import noising_path
 from tfdiffusion.samplers.inversion import decode, encode, interpolate, reconstruct, slerp
 from tfdiffusion.samplers.loop import integrate, prior, sample
 from tfdiffusion.samplers.multistep import DEIS, LMS, PLMS, DPMSolverPP, SDEDPMSolverPP, UniPC
@@ -35,6 +36,7 @@ __all__ = [
     "integrate",
     "interpolate",
     "names",
+    "noising_path",
     "prior",
     "reconstruct",
     "register",

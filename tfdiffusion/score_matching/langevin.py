@@ -105,8 +105,10 @@ def langevin(
     step_size: float,
     steps: int,
     convention: str,
+    temperature: float = 1.0,
     smallest_sigma: float | None = None,
     variables: Sequence = (),
+    return_path: bool = False,
 ):
     """Unadjusted Langevin dynamics.
 
@@ -119,27 +121,55 @@ def langevin(
         step_size: ε or α.
         steps: how many, >= 1.
         convention: "ncsn" or "ncsnv2"; there is no default, because they differ by a factor of 2.
+        temperature: τ >= 0, which multiplies the variance of the noise: in the limit of small
+            steps the chain samples a density ∝ p^{1/τ}, so 1 is p itself, and 0, no noise, is
+            gradient ascent of log p.
         smallest_sigma: see `drift_step`.
         variables: Keras variables that the score reads, which JAX must be told.
+        return_path: also return every state, from the first to the last.
 
     Returns:
-        The last state, float32 (B, ...).
+        The last state, float32 (B, ...); or (last state, path (steps + 1, B, ...)).
 
     Raises:
-        ValueError: If the step size is out of range, or the rows of keys and x differ.
+        ValueError: If the step size or the temperature is out of range, or the rows of keys and x
+            differ.
     """
     h = drift_step(step_size, convention, smallest_sigma)
+    if not 0.0 <= temperature < np.inf:
+        raise ValueError(
+            f"temperature must be finite and not negative. Received {temperature}; 1 samples the "
+            "density, 0 climbs it."
+        )
+    scale = (2.0 * h * temperature) ** 0.5
     x = _checked_start(x, keys, steps)
 
     def run(x, keys):
         noise = noise_of(keys, x.shape[1:])
 
-        def advance(k, x):
-            return x + h * score(x) + (2.0 * h) ** 0.5 * noise(k + _FIRST_STEP)
+        def advance(k, state):
+            x, path = state
+            x = x + h * score(x) + scale * noise(k + _FIRST_STEP)
+            return x, _recorded(path, k + 1, x)
 
-        return ops.fori_loop(0, steps, advance, x)
+        x, path = ops.fori_loop(0, steps, advance, (x, _path_from(x, steps + 1, return_path)))
+        return (x, *path)
 
-    return _backend.compiled(run, variables)(x, keys)
+    x, *path = _backend.compiled(run, variables)(x, keys)
+    return (x, *path) if return_path else x
+
+
+def _path_from(x, length: int, wanted: bool) -> tuple:
+    """A path (length, B, ...) that begins with x, in a tuple; an empty tuple if none is wanted."""
+    if not wanted:
+        return ()
+    empty = ops.zeros_like(ops.broadcast_to(x[None], (length, *ops.shape(x))))
+    return _recorded((empty,), 0, x)
+
+
+def _recorded(path: tuple, i, x) -> tuple:
+    """The path with x as its state i, if there is a path."""
+    return tuple(ops.slice_update(p, (i,) + (0,) * len(x.shape), x[None]) for p in path)
 
 
 def metropolis_langevin(
@@ -287,10 +317,7 @@ def annealed(
     table = ops.cast(sigmas, "float32")
     x = table[0] * noise(0)
     is_known = None if known is None else ops.cast(mask, "bool")
-    path = ()
-    if return_path:
-        empty = ops.zeros_like(ops.broadcast_to(x[None], (len(sigmas) + 1, *ops.shape(x))))
-        path = (ops.slice_update(empty, (0,) * (len(x.shape) + 1), x[None]),)
+    path = _path_from(x, len(sigmas) + 1, return_path)
     # Each step has a number for its own noise and one for that of the known pixels.
     total = len(sigmas) * steps_per_level
 
@@ -301,9 +328,7 @@ def annealed(
             noisy = known + table[level] * noise(total + k + _FIRST_STEP)
             x = ops.where(is_known, noisy, x)
         x = x + h[level] * score(x, level) + ops.sqrt(2.0 * h[level]) * noise(k + _FIRST_STEP)
-        if return_path:
-            path = (ops.slice_update(path[0], (level + 1,) + (0,) * len(x.shape), x[None]),)
-        return x, path
+        return x, _recorded(path, level + 1, x)
 
     x, path = ops.fori_loop(0, total, advance, (x, path))
     if denoise:
