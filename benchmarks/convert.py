@@ -1,7 +1,7 @@
 """Checkpoints of diffusers in Keras: how nearly they agree, and how fast each side is.
 
     pip install 'tfdiffusion[bench]'
-    python benchmarks/convert.py                # the table of differences, a few minutes
+    python benchmarks/convert.py                # the table of differences, some minutes
     python benchmarks/convert.py --speed        # google/ddpm-cifar10-32's network, both sides
 
 Weights are random. A difference is the largest one over the largest value, in float32: of the
