@@ -37,7 +37,7 @@ SHARED = {
     "dpm_solver_2": ("KDPM2DiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
     "dpmpp_3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
     "unipc_2": ("UniPCMultistepScheduler", {"solver_order": 2}),
@@ -52,8 +52,9 @@ AS_THEIRS = {"plms": samplers.PLMS(start_up="trapezoid")}
 NOTES = """
 Ours visit the noise levels at which diffusers' scheduler asks, and end where it ends:
 `DEISMultistepScheduler` at σ = 0.01, the others at the data. PLMS begins as `PNDMScheduler` does,
-with a second evaluation in its first step. `DDIMScheduler` alone steps to other levels than it asks
-at, by 1000 // N, where N does not divide 1000 (6, 12, 15): there the two are not on one grid.
+with a second evaluation in its first step. `DDIMScheduler` and `PNDMScheduler` step by 1000 // N,
+and so to other levels than they ask at where N does not divide 1000: there (\\*) the two are not on
+one grid.
 """
 # What has no counterpart on the other side.
 ONLY_OURS = ("euler", "rk4", "dpm_solver_3")
@@ -257,16 +258,18 @@ def table(ours: dict, theirs: dict, same: dict) -> str:
     for who, errors in (("tfdiffusion", ours), ("diffusers", theirs)):
         text += row([who, *(f"{e:.4f} ({n})" for e, n in best(errors))])
     text += "\n## The same name at the same times: ours, diffusers'\n\n" + head
+    ratios = {}
     for (name, grid), errors in same.items():
-        pairs = zip(errors, theirs[name, grid])
-        text += row([f"{name}, {grid}", *(f"{a:.4f}, {b:.4f}" for a, b in pairs)])
-    text += NOTES
-    worst = max(
-        (a / b, f"{name}, {grid}, {budget}")
-        for (name, grid), errors in same.items()
-        for a, b, budget in zip(errors, theirs[name, grid], BUDGETS)
-    )
-    text += f"\nThe largest ratio of ours to theirs is {worst[0]:.4f} ({worst[1]} evaluations).\n"
+        cells = []
+        for a, b, budget in zip(errors, theirs[name, grid], BUDGETS):
+            steps = {"ddim": budget, "plms": budget - 1}.get(name, 1)
+            cells.append(f"{a:.4f}, {b:.4f}" + ("\\*" if 1000 % steps else ""))
+            if 1000 % steps == 0:
+                ratios[f"{name}, {grid}, {budget} evaluations"] = a / b
+        text += row([f"{name}, {grid}", *cells])
+    worst = max(ratios, key=ratios.get)
+    line = f"Elsewhere the largest ratio of ours to theirs is {ratios[worst]:.4f} ({worst})."
+    text += f"{NOTES}\n{line}\n"
     text += "\n## On grids of each side's own\n\n" + head
     for who, side in (("", ours), ("diffusers ", theirs)):
         for (name, grid), errors in side.items():
