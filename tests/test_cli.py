@@ -423,7 +423,7 @@ def test_models_that_cannot_be_used(conditional, tmp_path, capsys):
     assert "no model.keras" in refused(capsys, "info", str(tmp_path))
     damaged = tmp_path / "x.keras"
     damaged.write_bytes(Path(conditional).read_bytes()[:2000])
-    assert "may be incomplete" in refused(capsys, "sample", str(damaged), code=1)
+    assert "It is incomplete or was changed" in refused(capsys, "sample", str(damaged), code=1)
     text = tmp_path / "x.txt"
     text.write_text("")
     assert "not a .keras file" in refused(capsys, "info", str(text))
