@@ -624,15 +624,21 @@ def scatter_2d(
     columns = min(len(sets), 5)
     rows = math.ceil(len(sets) / columns)
     side = 4.6 if len(sets) == 1 else 2.8
-    figure, axes = _figure(rows, columns, side * columns, (side + 0.25) * rows, same_axes=True)
+    figure, axes = _figure(rows, columns, side * columns, (side + 0.5) * rows, same_axes=True)
     for ax in axes[len(sets) :]:
         ax.set_visible(False)
     for ax, points, title in zip(axes, sets, titles):
         size = float(np.clip(6000 / len(points), 1.5, 14))
         alpha = float(np.clip(1500 / len(points), 0.25, 0.8))
         ax.scatter(*points.T, s=size, alpha=alpha, color=_PALETTE[0], linewidths=0)
-        ax.set(title=title, xlim=limits, ylim=limits, aspect="equal")
+        _set_plane(ax, title, limits)
     return _save(figure, path)
+
+
+def _set_plane(ax: Axes, title: str, limits: tuple[float, float]) -> None:
+    """Equal axes of the plane, with their names at the outer ones."""
+    ax.set(title=title, xlim=limits, ylim=limits, aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    ax.label_outer()
 
 
 def field_2d(
@@ -837,7 +843,7 @@ def compare_fields_2d(
     true, found = _vectors(exact, places), _vectors(learned, places)
     error = math.sqrt(np.sum((found - true) ** 2) / max(np.sum(true**2), 1e-30))
     largest = max(np.linalg.norm(field, axis=1).max() for field in (true, found))
-    figure, axes = _figure(1, 3, 12.6, 4.2, same_axes=True)
+    figure, axes = _figure(1, 3, 12.6, 4.5, same_axes=True)
     panels = (true, found, found - true)
     titles = [*titles[:2], f"{titles[2]} ({100 * error:.0f}% of the field)"]
     for ax, field, title in zip(axes, panels, titles):
@@ -846,7 +852,7 @@ def compare_fields_2d(
             size = float(np.clip(6000 / len(points), 1.5, 12))
             ax.scatter(*points.T, s=size, alpha=0.4, color=_PALETTE[4], linewidths=0)
         quiver = _arrows(ax, places, field, spacing, largest)
-        ax.set(title=title, xlim=limits, ylim=limits, aspect="equal")
+        _set_plane(ax, title, limits)
     figure.colorbar(quiver, ax=axes, label="norm", shrink=0.85)
     return _save(figure, path)
 
