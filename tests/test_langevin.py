@@ -86,7 +86,7 @@ def test_the_path_has_every_state():
 
 
 def test_the_published_closed_form_of_one_level():
-    """NCSNv2's proposition 4: from the last level's variance, T steps."""
+    """NCSNv2, technique 4: from the last level's variance, T steps."""
     sigma, ratio, steps, share = 0.5, 1.3, 4, 0.2
     x = langevin.langevin(
         lambda x: -x / sigma**2,
