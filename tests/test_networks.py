@@ -566,8 +566,8 @@ def test_patches_are_blocks_of_pixels():
 
 def test_blocks_can_differ_by_level():
     network = unet(widths=(8, 16, 16), blocks_per_level=(1, 2, 3))
-    assert len(network.encoder) == 6 + 2
-    assert len(network.decoder) == 9 + 2
+    assert len(network.steps.encoder) == 6 + 2
+    assert len(network.steps.decoder) == 9 + 2
 
 
 def test_a_size_that_cannot_be_halved_is_refused():

@@ -173,18 +173,20 @@ def test_dilations():
     network = built(NCSNv2(SIGMAS, width=8))
     rates = [
         {conv.dilation_rate for block in blocks for conv in (block.conv_1, block.conv_2)}
-        for blocks in network.cascades
+        for blocks in network.steps.cascades
     ]
     assert rates == [{(1, 1)}, {(1, 1)}, {(2, 2)}, {(4, 4)}]
-    assert [blocks[0].shortcut is not None for blocks in network.cascades] == [False] + 3 * [True]
-    assert all(blocks[1].shortcut is None for blocks in network.cascades)
+    assert [blocks[0].shortcut is not None for blocks in network.steps.cascades] == [False] + 3 * [
+        True
+    ]
+    assert all(blocks[1].shortcut is None for blocks in network.steps.cascades)
 
 
 def test_sizes_of_the_cascades():
     network = built(NCSN(3, width=4), (12, 8, 1))
     x = (None, 12, 8, 4)
     shapes = []
-    for blocks in network.cascades:
+    for blocks in network.steps.cascades:
         for block in blocks:
             x = block.compute_output_shape(x)
         shapes.append(x[1:])

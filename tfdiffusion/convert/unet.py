@@ -493,12 +493,12 @@ def _levels(network: UNet | UNet2D) -> tuple:
             levels.append(([step[0] for step in level], attentions, resampling, None))
         return levels
 
-    attentions = [layer for layer in network.middle if isinstance(layer, SelfAttention)]
-    residuals = [layer for layer in network.middle if not isinstance(layer, SelfAttention)]
+    attentions = [layer for layer in network.steps.middle if isinstance(layer, SelfAttention)]
+    residuals = [layer for layer in network.steps.middle if not isinstance(layer, SelfAttention)]
     return (
-        gather(network.encoder, blocks),
+        gather(network.steps.encoder, blocks),
         (residuals, attentions),
-        gather(network.decoder, [count + 1 for count in reversed(blocks)]),
+        gather(network.steps.decoder, [count + 1 for count in reversed(blocks)]),
     )
 
 

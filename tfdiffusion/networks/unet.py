@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import keras
 from keras import ops
@@ -182,12 +183,11 @@ class UNet(keras.Model):
         )
         self.label_embedding = label_embedding(num_classes, time_width)
         self.conv_in = keras.layers.Conv2D(widths[0], 3, padding="same", dtype=policy)
-        self.encoder = encoder
-        self.middle = [residual(widths[-1]), *extra, residual(widths[-1])]
-        self.decoder = decoder
-        # Keras before 3.13 saves no lists in lists. It saves in alphabetical order, so this list is
-        # what any version finds first, and a file is the same whoever wrote it.
-        self.blocks = [layer for step in (*encoder, self.middle, *decoder) for layer in step]
+        middle = [residual(widths[-1]), *extra, residual(widths[-1])]
+        # Keras saves lists of layers, but only from version 3.13 on lists of such lists. So it gets
+        # a flat one, and a file is the same whoever wrote it.
+        self.blocks = [layer for step in (*encoder, middle, *decoder) for layer in step]
+        self.steps = SimpleNamespace(encoder=encoder, middle=middle, decoder=decoder)
         self.norm_out = GroupNormalization(
             groups, epsilon=norm_epsilon, activation="silu", dtype=policy
         )
@@ -244,11 +244,11 @@ class UNet(keras.Model):
         self.conv_in.build(x)
         x = (*x[:-1], self.widths[0])
         skips = [x]
-        for step in self.encoder:
+        for step in self.steps.encoder:
             x = build(step, x)
             skips.append(x)
-        x = build(self.middle, x)
-        for step in self.decoder:
+        x = build(self.steps.middle, x)
+        for step in self.steps.decoder:
             if not _is_resizing(step):
                 x = (*x[:-1], x[-1] + skips.pop()[-1])
             x = build(step, x)
@@ -276,11 +276,11 @@ class UNet(keras.Model):
         x = to_patches(ops.cast(inputs["x"], self.compute_dtype), self.patch_size)
         x = self.conv_in(x)
         skips = [x]
-        for step in self.encoder:
+        for step in self.steps.encoder:
             x = run(step, x)
             skips.append(x)
-        x = run(self.middle, x)
-        for step in self.decoder:
+        x = run(self.steps.middle, x)
+        for step in self.steps.decoder:
             if not _is_resizing(step):
                 x = ops.concatenate([x, skips.pop()], axis=-1)
             x = run(step, x)

@@ -19,6 +19,7 @@ All activations are ELU, of which the second derivative does not vanish.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -209,24 +210,23 @@ class ResidualConvUnits(_Block):
         self.blocks = blocks
 
     def build(self, input_shape):
-        self.units = []
+        self.norms, self.convs = [], []
         for i in range(2 * self.blocks):
             norm = self._norm(f"norm_{i}")
             conv = _conv(input_shape[-1], bias=False, dtype=self.dtype_policy, name=f"conv_{i}")
             _build(norm, input_shape)
             conv.build(input_shape)
-            self.units.append((norm, conv))
-        self.norms = [norm for norm, _ in self.units if norm is not None]
-        self.convs = [conv for _, conv in self.units]
+            self.norms += [] if norm is None else [norm]
+            self.convs.append(conv)
         self.built = True
 
     def call(self, inputs, level=None):
         x = inputs
         for i in range(self.blocks):
             residual = x
-            for norm, conv in self.units[2 * i : 2 * i + 2]:
-                x = x if norm is None else norm(x, level)
-                x = conv(ops.elu(x))
+            for k in (2 * i, 2 * i + 1):
+                x = self.norms[k](x, level) if self.norms else x
+                x = self.convs[k](ops.elu(x))
             x = x + residual
         return x
 
@@ -245,20 +245,19 @@ class ChainedResidualPooling(_Block):
     """
 
     def build(self, input_shape):
-        self.stages = []
+        self.norms, self.convs = [], []
         for i in range(2):
             norm = self._norm(f"norm_{i}")
             conv = _conv(input_shape[-1], bias=False, dtype=self.dtype_policy, name=f"conv_{i}")
             _build(norm, input_shape)
             conv.build(input_shape)
-            self.stages.append((norm, conv))
-        self.norms = [norm for norm, _ in self.stages if norm is not None]
-        self.convs = [conv for _, conv in self.stages]
+            self.norms += [] if norm is None else [norm]
+            self.convs.append(conv)
         self.built = True
 
     def call(self, inputs, level=None):
         x = path = ops.elu(inputs)
-        for norm, conv in self.stages:
+        for norm, conv in zip(self.norms or (None, None), self.convs):
             if norm is None:
                 path = ops.max_pool(path, 5, 1, padding="same")
             else:
@@ -370,14 +369,15 @@ class _RefineNet(keras.Model):
             return RefineBlock(channels, refine_levels, last=last, dtype=policy, name=name)
 
         self.conv_in = _conv(w, dtype=policy, name="conv_in")
-        self.cascades = [
+        cascades = [
             cascade(w, "residual_1"),
             cascade(2 * w, "residual_2", down=True),
             cascade(2 * w, "residual_3", down=True, dilation=2),
             cascade(2 * w, "residual_4", down=True, dilation=4),
         ]
         # For files that do not depend on the version of Keras; see `UNet`.
-        self.blocks = [block for blocks in self.cascades for block in blocks]
+        self.blocks = [block for blocks in cascades for block in blocks]
+        self.steps = SimpleNamespace(cascades=cascades)
         self.refines = [
             refine(2 * w, "refine_4"),
             refine(2 * w, "refine_3"),
@@ -412,7 +412,7 @@ class _RefineNet(keras.Model):
         )
         x = _build(self.conv_in, x)
         shapes = []
-        for blocks in self.cascades:
+        for blocks in self.steps.cascades:
             for block in blocks:
                 x = _build(block, x)
             shapes.append(x)
@@ -428,7 +428,7 @@ class _RefineNet(keras.Model):
         x = to_patches(ops.cast(x, self.compute_dtype), self.patch_size)
         x = self.conv_in(x)
         outputs = []
-        for blocks in self.cascades:
+        for blocks in self.steps.cascades:
             for block in blocks:
                 x = block(x, level)
             outputs.append(x)
