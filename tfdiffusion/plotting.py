@@ -342,6 +342,11 @@ def _encode_gif(grids: list[np.ndarray], durations: list[int], scale: int) -> by
             image.putpalette(cube.tobytes())
         size = (image.width * scale, image.height * scale)
         images.append(image.resize(size, Image.Resampling.NEAREST))
+    return _gif(images, durations)
+
+
+def _gif(images: list, durations: Any) -> bytes:
+    """PIL images as a GIF that plays again and again."""
     file = io.BytesIO()
     images[0].save(
         file,
@@ -791,17 +796,7 @@ def _gif_of_pictures(pictures: Sequence[bytes], durations: list[int]) -> bytes:
     images = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
     palette = images[-1].quantize(64, dither=Image.Dither.NONE)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    file = io.BytesIO()
-    images[0].save(
-        file,
-        format="GIF",
-        save_all=True,
-        append_images=images[1:],
-        duration=durations,
-        loop=0,
-        optimize=True,
-    )
-    return file.getvalue()
+    return _gif(images, durations)
 
 
 def _contours(ax: Axes, density: Callable[[np.ndarray], Any], limits: tuple[float, float]) -> None:

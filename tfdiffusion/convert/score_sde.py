@@ -16,7 +16,7 @@ import numpy as np
 
 from tfdiffusion import _names, processes, samplers, times
 from tfdiffusion.convert import files
-from tfdiffusion.convert.unet import Slot, assign, conv, dense, norm, present
+from tfdiffusion.convert.unet import Slot, assign, conv, dense, norm, present, residual_block
 from tfdiffusion.networks import Level, UNet2D
 from tfdiffusion.samplers import Sampling
 from tfdiffusion.training import DiffusionModel
@@ -299,14 +299,11 @@ def _layers(network: UNet2D) -> Iterator:
     yield of(conv, network.conv_out)
 
 
+_RESIDUAL = ("GroupNorm_0", "Conv_0", "Dense_0", "GroupNorm_1", "Conv_1", "Conv_2")
+
+
 def _residual(name: str, layer) -> Iterator[Slot]:
-    yield from norm(f"{name}.GroupNorm_0", layer.norm_1)
-    yield from conv(f"{name}.Conv_0", layer.conv_1)
-    yield from dense(f"{name}.Dense_0", layer.embed)
-    yield from norm(f"{name}.GroupNorm_1", layer.norm_2)
-    yield from conv(f"{name}.Conv_1", layer.conv_2)
-    if layer.shortcut is not None:
-        yield from conv(f"{name}.Conv_2", layer.shortcut)
+    return residual_block(name, layer, _RESIDUAL)
 
 
 def _attention(name: str, layer) -> Iterator[Slot]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -525,14 +525,22 @@ def _resampled(name: str, direction: str, layer, pyramid) -> Iterator[Slot]:
         yield from conv(f"{name}.{direction}samplers.0.conv", layer.conv)
 
 
-def _residual(name: str, layer) -> Iterator[Slot]:
-    yield from norm(f"{name}.norm1", layer.norm_1)
-    yield from conv(f"{name}.conv1", layer.conv_1)
-    yield from dense(f"{name}.time_emb_proj", layer.embed)
-    yield from norm(f"{name}.norm2", layer.norm_2)
-    yield from conv(f"{name}.conv2", layer.conv_2)
+def residual_block(name: str, layer, parts: Sequence[str]) -> Iterator[Slot]:
+    """Of a residual block: norm, convolution, embedding, norm, convolution, shortcut."""
+    yield from norm(f"{name}.{parts[0]}", layer.norm_1)
+    yield from conv(f"{name}.{parts[1]}", layer.conv_1)
+    yield from dense(f"{name}.{parts[2]}", layer.embed)
+    yield from norm(f"{name}.{parts[3]}", layer.norm_2)
+    yield from conv(f"{name}.{parts[4]}", layer.conv_2)
     if layer.shortcut is not None:
-        yield from conv(f"{name}.conv_shortcut", layer.shortcut)
+        yield from conv(f"{name}.{parts[5]}", layer.shortcut)
+
+
+_RESIDUAL = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
+
+
+def _residual(name: str, layer) -> Iterator[Slot]:
+    return residual_block(name, layer, _RESIDUAL)
 
 
 def _attention(name: str, layer: SelfAttention) -> Iterator[Slot]:
