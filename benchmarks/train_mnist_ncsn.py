@@ -19,8 +19,7 @@ import keras
 import numpy as np
 
 import tfdiffusion as tfd
-from tfdiffusion import score_matching
-from tfdiffusion.callbacks import save_atomically
+from tfdiffusion import checkpoints, score_matching
 
 WARM_UP_STEPS = 100
 
@@ -55,7 +54,7 @@ class Clock(keras.callbacks.Callback):
 
     def save(self):
         step = int(self.model.optimizer.iterations)
-        save_atomically(self.model, self.folder / "model.keras")
+        checkpoints.save(self.model, self.folder / "model.keras")
         record = {"steps": step, "seconds": round(self.spent, 1), "loss": self.losses[-1]}
         (self.folder / "progress.json").write_text(json.dumps(record) + "\n")
         print(f"step {step}, {self.spent:.0f} s, loss {self.losses[-1]:.2f}", flush=True)
@@ -122,7 +121,7 @@ def main():
     model.fit(batches, steps_per_epoch=1_000_000, epochs=1, verbose=0, callbacks=[clock])
     clock.save()
     np.save(args.out / f"losses_{first}.npy", np.array(clock.losses))
-    save_atomically(shipped(model), args.out / "mnist_ncsn.keras")
+    checkpoints.save(shipped(model), args.out / "mnist_ncsn.keras")
     seen = int(model.step_count) * args.batch_size
     print(f"{seen:,} images seen, {clock.spent / 60:.1f} minutes", flush=True)
 

@@ -22,6 +22,9 @@ from tfdiffusion.processes import Process
 #: The earliest time of continuous processes in training (score SDE, arXiv:2011.13456, app. C).
 EARLIEST = 1e-5
 
+# |ln SNR| where what is left of the signal, or of the noise, is α² = 2⁻²⁴.
+_LAST_BIT = 24.0 * math.log(2.0)
+
 _register = keras.saving.register_keras_serializable(package="tfdiffusion")
 
 
@@ -371,7 +374,8 @@ class Timesteps(Grid):
         t = ops.minimum((steps + 1.0) / process.resolution, latest)
         if self.levels is None:
             return t
-        ends = -0.5 * ops.clip(process.log_snr(ops.stack([t[0], t[-1]])), -40.0, 40.0)
+        # Beyond the last bit float32 does not tell 1 − α² from 1, nor one time from the next.
+        ends = -0.5 * ops.clip(process.log_snr(ops.stack([t[0], t[-1]])), -_LAST_BIT, _LAST_BIT)
         share, high, low = _share(u), ends[0], ends[1]
         even = high + share * (low - high)
         log_level = even if self.levels == "log" else _power(share, high, low, 7.0)
