@@ -6,9 +6,11 @@
 prints a Markdown table: the variational bound and the probability-flow likelihood of each model
 with their standard errors over images; a Gaussian with full covariance and a mixture of ten, fitted
 with scikit-learn to the training images with the same dequantisation noise; PNG and xz; and what
-papers report, each with its source. Columns: the bound (or the size of a file), the likelihood with
-uniform dequantisation, and with the decoder's. `--train N` first trains a VDM and a hybrid
-improved-DDPM model (or those of `--kind`) for N steps each. All rows count the same pixels.
+papers report, each with its source. Columns: the model's own bound (or the size of a file); the
+bound of endless steps and the flow's likelihood, which share images, encoder and decoder, so that
+they can be compared; and the flow's with uniform dequantisation. `--train N` first trains a VDM and
+a hybrid improved-DDPM model (or those of `--kind`) for N steps each. All rows count the same
+pixels.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ def read(args) -> tuple[tuple, tuple]:
     return train.arrays(), test.arrays(args.num)
 
 
+def outside(name: str, file: str = "", density: str = "", note: str = "") -> tuple:
+    """The row of what is no diffusion model: a size, or a density of pixels with uniform noise."""
+    return name, file, "", "", density, note
+
+
 def with_error(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ± {values.std(ddof=1) / math.sqrt(len(values)):.3f}"
 
@@ -67,7 +74,7 @@ def densities(args, train: np.ndarray, test: np.ndarray, pixels) -> list[tuple]:
         nats = fitted.fit(train).score_samples(test)
         bits = -nats / test.shape[1] / math.log(2.0) + pixels.offset
         note = f"scikit-learn, {len(train):,} images, uniform dequantisation"
-        rows.append((name, "", with_error(bits), "", note))
+        rows.append(outside(name, density=with_error(bits), note=note))
     return rows
 
 
@@ -87,9 +94,9 @@ def formats(levels: np.ndarray) -> list[tuple]:
     tall = png(pictures.reshape(count * height, *pictures.shape[2:])) / levels.size
     stream = 8 * len(lzma.compress(levels.tobytes(), preset=9 | lzma.PRESET_EXTREME)) / levels.size
     return [
-        ("PNG, a file an image", with_error(each), "", "", "Pillow, optimize=True; with headers"),
-        ("PNG, all in one picture", f"{tall:.3f}", "", "", f"{count} images below each other"),
-        ("xz -9e, all in one stream", f"{stream:.3f}", "", "", f"{count} images"),
+        outside("PNG, a file an image", with_error(each), note="Pillow, optimize, with headers"),
+        outside("PNG, all in one picture", f"{tall:.3f}", note=f"{count} images below each other"),
+        outside("xz -9e, all in one stream", f"{stream:.3f}", note=f"{count} images"),
     ]
 
 
@@ -102,30 +109,33 @@ def measured(args, name: str, model, test, pixels, curves: dict) -> tuple:
         model, images, labels, evaluations=args.evaluations, pixels=pixels, seed=args.seed
     )
     curves[name] = bound.by_time(20)
+    first = (images[: args.ode], None if labels is None else labels[: args.ode])
+    endless = likelihood.continuous_bound(
+        model, *first, evaluations=2 * args.evaluations, pixels=pixels, seed=args.seed
+    )
     flows = [
         likelihood.log_likelihood(
             model,
-            images[: args.ode],
-            None if labels is None else labels[: args.ode],
+            *first,
             dequantization=dequantization,
             pixels=pixels,
             draws=args.draws,
             tolerance=args.tolerance,
             seed=args.seed,
         )
-        for dequantization in ("uniform", "decoder")
+        for dequantization in ("decoder", "uniform")
     ]
     flow = flows[0]
     draws = f"{args.draws} draw{'s' * (args.draws > 1)}"
     note = (
-        f"bound: {len(images)} images, {args.evaluations} noise levels each; ODE: "
+        f"bound: {len(images)} images, {args.evaluations} noise levels each; the others: "
         f"{flow.log_density.shape[1]} images, {draws}, {flow.evaluations:.0f} evaluations"
     )
     if args.draws > 1:
         note += f" (± {flow.draw_error:.3f} from draws)"
     if labels is not None:
         note += "; given labels"
-    numbers = [f"{r.mean:.3f} ± {r.standard_error:.3f}" for r in (bound, *flows)]
+    numbers = [f"{r.mean:.3f} ± {r.standard_error:.3f}" for r in (bound, endless, *flows)]
     print(f"{name}: {', '.join(numbers)}; {time.monotonic() - started:.0f} s", flush=True)
     return name, *numbers, note
 
@@ -191,8 +201,9 @@ def main() -> None:
         rows.append(measured(args, name, model, test, pixels, curves))
     rows += densities(args, train[0], test[0], pixels)
     rows += formats(whole)
-    rows.append(("uniform", f"{math.log2(args.levels):.3f}", "", "", f"{args.levels} values"))
-    print(f"\n| {args.data} | bound | ODE, uniform | ODE, decoder | |\n|---|---|---|---|---|")
+    rows.append(outside("uniform", f"{math.log2(args.levels):.3f}", note=f"{args.levels} values"))
+    print(f"\n| {args.data} | bound | endless steps | ODE, the same noise | ODE, uniform noise | |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
     print("\n| CIFAR-10, published | bits per dimension | source |\n|---|---|---|")

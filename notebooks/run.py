@@ -46,6 +46,7 @@ RELATIVE_TOLERANCE = 1e-3  # of a checked number, or one unit of its last printe
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
 _WARNING = re.compile(r"warning:", re.IGNORECASE)
+_AS_TRACED = 'set_experimental_options({"disable_meta_optimizer": True})'
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 
 
@@ -89,12 +90,16 @@ def digest(notebook: NotebookNode) -> str:
 # --------------------------------------------------------------------------------------- running
 
 
-def execute(notebook: NotebookNode, changes: dict | None = None) -> NotebookNode:
+def execute(
+    notebook: NotebookNode, changes: dict | None = None, plain_graphs: bool = False
+) -> NotebookNode:
     """Runs all cells in order, in a fresh kernel in the folder of the notebooks.
 
     Args:
         notebook: left as it is.
         changes: parameter → value, assigned in a cell behind the one tagged `parameters`.
+        plain_graphs: TensorFlow runs graphs as they are traced. Optimizing them takes longer than
+            it saves where only a few steps are run.
 
     Returns:
         A copy with outputs.
@@ -109,10 +114,12 @@ def execute(notebook: NotebookNode, changes: dict | None = None) -> NotebookNode
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     notebook = copy.deepcopy(notebook)
-    if changes:
-        assignments = "\n".join(f"{name} = {value!r}" for name, value in changes.items())
+    lines = [f"{name} = {value!r}" for name, value in (changes or {}).items()]
+    if plain_graphs:
+        lines += ["import tensorflow as tf", f"tf.config.optimizer.{_AS_TRACED}"]
+    if lines:
         place = notebook.cells.index(tagged(notebook, "parameters")[0]) + 1
-        notebook.cells.insert(place, nbformat.v4.new_code_cell(assignments))
+        notebook.cells.insert(place, nbformat.v4.new_code_cell("\n".join(lines)))
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT,
@@ -149,7 +156,7 @@ def run(path: Path, fast: bool = False, save: bool = True) -> NotebookNode:
     with tempfile.TemporaryDirectory() as folder:
         if not save and "ASSETS" in tagged(notebook, "parameters")[0].source:
             changes["ASSETS"] = folder
-        return execute(notebook, changes)
+        return execute(notebook, changes, plain_graphs=fast)
 
 
 def normalized(notebook: NotebookNode, name: str) -> NotebookNode:
