@@ -315,7 +315,7 @@ def run(**request):
         (lambda: run(step_size=0.0), "step_size must be positive"),
         (lambda: run(convention="euler"), "convention"),
         (lambda: run(keys=keys(3)), "one key a row"),
-        (lambda: run(steps=0), "steps must be >= 1"),
+        (lambda: run(steps=0), "steps must be an integer >= 1"),
         (lambda: langevin.drift_steps([1.0, 0.1], 0.021, "ncsnv2"), "limit of stability .* 0.02 "),
         (lambda: langevin.drift_steps([0.1, 1.0], 0.001, "ncsnv2"), "must fall strictly"),
         (lambda: anneal(mixture(), 2, steps=1, convention="x"), "convention"),

@@ -118,7 +118,7 @@ def test_geometric():
         (lambda: ladders.ratio_for(2), "In few dimensions use geometric"),
         (lambda: ladders.ratio_for(100, 1.5), "overlap=1.5"),
         (lambda: ladders.variance_ratio(0.5, 5, 0.5, 1.1), r"must lie in \(0, 0.5\), 2 sigma\^2"),
-        (lambda: ladders.best_step_size([1.0, 0.1], 0), "steps must be >= 1"),
+        (lambda: ladders.best_step_size([1.0, 0.1], 0), "steps must be an integer >= 1"),
     ],
 )
 def test_errors(call, message):

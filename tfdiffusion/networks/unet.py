@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import keras
 from keras import ops
 
+from tfdiffusion import _checks
 from tfdiffusion.networks.layers import (
     Downsample,
     GroupNormalization,
@@ -24,6 +25,7 @@ from tfdiffusion.networks.layers import (
     TimeEmbedding,
     Upsample,
     check_inputs,
+    check_tensors,
     choice,
     int_tuple,
     label_embedding,
@@ -258,6 +260,8 @@ class UNet(keras.Model):
 
     def call(self, inputs, training=False):
         check_inputs(inputs, self.num_classes)
+        check_tensors(inputs, self.conv_in.kernel.shape[2] // self.patch_size**2, rank=4)
+        _check_size(tuple(inputs["x"].shape), len(self.widths), self.patch_size)
         embedding = self.time_embedding(inputs["time"])
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(inputs["label"])
@@ -338,7 +342,7 @@ def _check_levels(widths, blocks_per_level, attention_levels, groups):
             f"groups={groups}. Use groups={math.gcd(*widths)} or a divisor of it."
         )
     if not isinstance(attention_levels, (list, tuple)) or any(
-        level not in range(levels) for level in attention_levels
+        not _checks.is_integer(level) or not 0 <= level < levels for level in attention_levels
     ):
         raise ValueError(
             f"`attention_levels` must be indices of levels, 0 to {levels - 1} for widths="
