@@ -296,8 +296,8 @@ def check_labels(label, num_classes: int | None) -> None:
     """
     if num_classes is None:
         raise ValueError(
-            f"label={_checks.shown(label)} was asked of a network without labels, whose "
-            "num_classes is None. Leave label out."
+            "The network has no labels, its num_classes is None: leave label out. "
+            f"Received label={_checks.shown(label)}."
         )
     wanted = f"integers from 0 to {num_classes - 1}, the classes of the network"
     if _checks.is_symbol(label):

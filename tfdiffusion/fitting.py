@@ -469,7 +469,8 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
 
     def _check_arrays(self, x, y) -> None:
         """Looks through NumPy data before training; the graph looks at every batch anyway."""
-        if x is None or isinstance(x, bool | int | float | complex | str | bytes | list | dict):
+        nothing = bool | int | float | complex | str | bytes | list | dict | np.generic | None
+        if isinstance(x, nothing):
             raise ValueError(
                 "Expected an array (N, ...), a data set of batches, or a generator of them. "
                 f"Received {_checks.shown(x)}."
@@ -486,13 +487,13 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
             )
         if self.built and not _fits(x.shape[1:], self.sample_shape):
             raise ValueError(_wrong_shape(self.sample_shape, x.shape[1:]))
-        _check_targets(y, len(x))
+        _check_targets(y, len(x), integers=self.num_classes is not None)
         finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
         if not finite.all():
             bad = np.flatnonzero(~finite)
             raise ValueError(
                 f"{len(bad)} of {len(x)} examples hold NaN or infinite values, the first of them "
-                f"x[{bad[0]}]. Find and fix them."
+                f"x[{bad[0]}]. Find and fix them. Received {_checks.shown(x)}."
             )
         low, high = float(x.min()), float(x.max())
         images = self._bounded if self._bounded is not None else x.ndim == 4
@@ -502,7 +503,7 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
                 "become that by x / 127.5 - 1; for data without such a range make the model with "
                 "bounded=False."
             )
-        if isinstance(y, np.ndarray) and self.num_classes is not None and y.dtype.kind in "iu":
+        if isinstance(y, np.ndarray) and self.num_classes is not None:
             if len(y) and (y.min() < 0 or y.max() >= self.num_classes):
                 raise ValueError(
                     f"Labels must be integers from 0 to {self.num_classes - 1}, the classes of the "
@@ -632,12 +633,19 @@ def _fits(shape: tuple, built: tuple) -> bool:
     return len(shape) == len(built) and all(b in (None, s) for s, b in zip(shape, built))
 
 
-def _check_targets(y, num: int) -> None:
-    """Looks at what came beside an array of `num` examples."""
-    if y is not None and (not hasattr(y, "shape") or np.shape(y)[:1] != (num,)):
+def _check_targets(y, num: int, integers: bool) -> None:
+    """Looks at what came beside an array of `num` examples: numbers of so many rows, or labels."""
+    if y is None:
+        return
+    kind = _checks.kind(y)
+    if kind not in "biuf" or tuple(y.shape[:1]) != (num,):
         raise ValueError(
             f"y must be an array of {num} labels, one an example. Received {_checks.shown(y)}."
         )
+    if integers and kind not in "iu":
+        raise ValueError(f"Labels must be integers. Received dtype {_checks.dtype(y)}.")
+    if integers:
+        _one_a_row("labels (integers, not one-hot)", y, "int32")
 
 
 def _with_callback(arguments: dict, callback: keras.callbacks.Callback) -> dict:

@@ -123,10 +123,7 @@ class Process(abc.ABC):
         Raises:
             ValueError: If times that have values are not 0 <= s < t <= 1.
         """
-        _check_times(t=t, s=s)
-        t, s = _tensor(t), _tensor(s)
-        if t.dtype != s.dtype:  # a plain number beside an array
-            t, s = (ops.cast(u, keras.backend.result_type(t.dtype, s.dtype)) for u in (t, s))
+        t, s = _two_times(t, s)
         alpha_ratio = self.alpha(t) / self.alpha(s)
         return alpha_ratio, -(self.sigma(t) ** 2) * ops.expm1(self.log_snr(t) - self.log_snr(s))
 
@@ -139,6 +136,7 @@ class Process(abc.ABC):
         Raises:
             ValueError: See `transition`.
         """
+        t, s = _two_times(t, s)
         alpha_ratio, variance = self.transition(t, s)
         shrink = (self.sigma(s) / self.sigma(t)) ** 2
         c_0 = -self.alpha(s) * ops.expm1(self.log_snr(t) - self.log_snr(s))
@@ -183,6 +181,16 @@ def _check_times(**times) -> None:
             ordered = False
         if not ordered:
             raise ValueError(f"s must be earlier than t, elementwise. Received {_received(times)}.")
+
+
+def _two_times(t, s) -> tuple:
+    """t and s as tensors of one dtype, once they are in order."""
+    _check_times(t=t, s=s)
+    t, s = _tensor(t), _tensor(s)
+    if t.dtype == s.dtype:
+        return t, s
+    dtype = keras.backend.result_type(t.dtype, s.dtype)  # of a plain number beside an array
+    return ops.cast(t, dtype), ops.cast(s, dtype)
 
 
 def _received(times: dict) -> str:

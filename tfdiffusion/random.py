@@ -116,7 +116,11 @@ def fold_in(keys, data):
 
     Returns:
         uint32 tensor (B, 2).
+
+    Raises:
+        TypeError: If the keys are none.
     """
+    check_keys(keys)
     data = ops.cast(data, "uint32")
     x_0, x_1 = threefry(keys[:, 0], keys[:, 1], data, ops.full_like(data, _FOLD))
     return ops.stack([x_0, x_1], axis=-1)

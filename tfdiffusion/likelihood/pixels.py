@@ -83,8 +83,8 @@ class Pixels:
         off = np.abs(place - np.rint(place)).max()
         if off > 0.05:
             raise ValueError(
-                f"Data are {off:.2f} of a bin away from the nearest of the {self.levels} values: a "
-                "discrete likelihood means nothing for resized or augmented images. Pass "
+                f"Received data {off:.2f} of a bin away from the nearest of {self.levels} values: "
+                "a discrete likelihood means nothing for resized or augmented images. Pass "
                 "pixels=None for the density, or the right number of levels."
             )
         return (self.low + self.width * np.rint(place)).astype(np.float32)

@@ -49,7 +49,7 @@ def positive_int(argument: str, value: object) -> int:
 def positive_float(argument: str, value: object) -> float:
     """Return `value` as a float, or raise a `ValueError` if it is not a number above zero."""
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not real or not 0 < value < math.inf:
+    if not real or not 0 < value <= _checks.HUGE:
         raise ValueError(
             f"`{argument}` must be a number above zero. Received: {argument}={value!r}"
         )
@@ -610,7 +610,8 @@ class ResidualBlock(keras.layers.Layer):
         conv = {"padding": "same", "dtype": policy}
         self.norm_1 = GroupNormalization(groups, **norm, name="norm_1")
         self.conv_1 = keras.layers.Conv2D(self.width, 3, **conv, name="conv_1")
-        self.norm_2 = GroupNormalization(groups_out or groups, **norm, name="norm_2")
+        groups_out = groups if groups_out is None else groups_out
+        self.norm_2 = GroupNormalization(groups_out, **norm, name="norm_2")
         self.conv_2 = keras.layers.Conv2D(
             self.width, 3, kernel_initializer="zeros", **conv, name="conv_2"
         )

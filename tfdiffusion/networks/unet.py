@@ -123,7 +123,8 @@ class UNet(keras.Model):
             blocks_per_level = (blocks_per_level,) * len(widths)
         blocks_per_level = int_tuple("blocks_per_level", blocks_per_level)
         _check_levels(widths, blocks_per_level, attention_levels, groups)
-        time_width = 4 * widths[0] if time_width is None else time_width
+        time_width = 4 * widths[0] if time_width is None else positive_int("time_width", time_width)
+        choice("time_embedding", time_embedding, ("sinusoidal", "fourier"))
         if remat and dropout:
             raise ValueError(
                 "`remat` computes blocks twice, and dropout would drop other values the second "

@@ -43,8 +43,8 @@ def check_ladder(sigmas: Sequence[float]) -> np.ndarray:
     if rising.size:
         i = int(rising[0])
         raise ValueError(
-            f"A ladder must fall strictly, most noise first. It does not from level {i} "
-            f"({ladder[i]:g}) to level {i + 1} ({ladder[i + 1]:g}). Reverse it, or use "
+            f"A ladder must fall strictly, most noise first. It does not from level {i} to level "
+            f"{i + 1}: received {ladder[i]:g} and {ladder[i + 1]:g}. Reverse it, or use "
             "score_matching.geometric(sigma_max, sigma_min, num_levels)."
         )
     return ladder

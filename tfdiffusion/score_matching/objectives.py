@@ -153,6 +153,7 @@ def project(keys, shape, projection: str = "rademacher"):
 
 def _projections(x, keys, projection: str, num: int):
     _checks.integer("num_projections", num)
+    _check_rows(x, keys)
     for i in range(num):
         v = project(random.fold_in(keys, _FIRST_PROJECTION + i), x.shape[1:], projection)
         yield ops.cast(v, x.dtype)
@@ -276,8 +277,17 @@ def multi_level_denoising(score: Callable, x, keys, sigma):
     return 0.5 * _sum(ops.square(sigma * _scored(score, x + sigma * z) + z))
 
 
+def _check_rows(x, keys) -> None:
+    """Raises a ValueError unless there is one key a row, as far as can be told."""
+    random.check_keys(keys)
+    rows_x, rows_keys = x.shape[0], keys.shape[0]
+    if None not in (rows_x, rows_keys) and rows_keys not in (1, rows_x):
+        raise ValueError(f"There must be one key a row of x, {rows_x}. Received {rows_keys}.")
+
+
 def noise_for(x, keys):
     """The z that `denoising` adds for these keys: standard normal, of the shape of x."""
+    _check_rows(x, keys)
     return ops.cast(random.normal(random.fold_in(keys, _NOISE), tuple(x.shape[1:])), x.dtype)
 
 
