@@ -324,9 +324,9 @@ def _check_times(seconds: float, hold: float, frames: int) -> None:
     _checks.integer("frames", frames, 2, _MOST_PIXELS)
 
 
-def _check_texts(name: str, texts: Any, count: int, wanted: str) -> None:
+def _check_texts(name: str, texts: Any, count: int, wanted: str, optional: bool = True) -> None:
     """Raises a ValueError unless there are so many texts, or None."""
-    if texts is None:
+    if texts is None and optional:
         return
     listed = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
     if not listed or len(texts) != count:
@@ -798,7 +798,7 @@ def save_points_gif(
     _checks.integer("trail", trail, 0)
     _check_texts("titles", titles, count, "one for each state")
     _check_field("density", density)
-    flat = [_points(panel.reshape(-1, panel.shape[-1]), "states") for panel in panels.values()]
+    flat = [_points(np.concatenate(panel), "states") for panel in panels.values()]
     limits = _limits(limits, np.concatenate(flat))
     figure, axes = _figure(1, len(panels), 3.5 * len(panels), 3.7, same_axes=True)
     figure.set_dpi(100)
@@ -893,7 +893,7 @@ def compare_fields_2d(
     Raises:
         ValueError: on a wrong shape, or on values of a field that are not finite.
     """
-    _check_texts("titles", titles, 3, "one for each panel")
+    _check_texts("titles", titles, 3, "one for each panel", optional=False)
     points, limits, places, spacing = _lattice(samples, limits, resolution)
     true, found = _vectors(exact, places), _vectors(learned, places)
     error = math.sqrt(np.sum((found - true) ** 2) / max(np.sum(true**2), 1e-30))
