@@ -75,7 +75,21 @@ def integrate(
 
     Returns:
         The sample (B, ...); or a tuple of it, the path and the report, as far as asked for.
+
+    Raises:
+        TypeError: If denoiser or keys are none.
+        ValueError: If the sampler is unknown, the times or the state are not float, or there is not one key a row.
     """
+    denoiser, sampler = check(denoiser), get(sampler)
+    random.check_keys(keys)
+    _checks.floating(times=times, x=x)
+    if len(times.shape) != 1 or 0 in times.shape or len(x.shape) < 2 or 0 in x.shape:
+        raise ValueError(
+            "times must be of shape (N,) and x of shape (B, ...), none 0. Received "
+            f"{tuple(times.shape)} and {tuple(x.shape)}."
+        )
+    if keys.shape[0] != 1:  # which serves all rows, where there is no noise
+        _checks.one_a_row(x, keys=keys[:, 0])
     steps = ops.shape(times)[0] - 1
     path = ()
     if return_path:
