@@ -556,7 +556,7 @@ def test_toys_have_their_shapes():
 
 
 def test_toys_explain_bad_arguments():
-    with pytest.raises(ValueError, match=r"Unknown toy 'spiral'. Known: swiss_roll"):
+    with pytest.raises(ValueError, match=r"Unknown toy 'spiral'. Known: checkerboard"):
         data.toy("spiral", 10)
     with pytest.raises(ValueError, match=r"integer >= 1\. Received num=0"):
         data.toy("moons", 0)

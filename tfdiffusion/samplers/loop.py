@@ -78,7 +78,8 @@ def integrate(
 
     Raises:
         TypeError: If denoiser or keys are none.
-        ValueError: If the sampler is unknown, the times or the state are not float, or there is not one key a row.
+        ValueError: If the sampler is unknown, the times or the state are not float, or there is
+            not one key a row.
     """
     denoiser, sampler = check(denoiser), get(sampler)
     random.check_keys(keys)
