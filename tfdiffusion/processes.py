@@ -107,11 +107,8 @@ class Process(abc.ABC):
             _checks.array("x_0", x_0, "floats of shape (B, ...)", kinds="f")
         x_0 = ops.convert_to_tensor(x_0)
         _check_times(t=t)
-        if np.shape(t) not in ((), tuple(x_0.shape[:1])):
-            raise ValueError(
-                f"t must be one number, or one a row of x_0. Received shapes {np.shape(t)} and "
-                f"{tuple(x_0.shape)}."
-            )
+        t = _tensor(t)
+        _checks.one_a_row(x_0, t=t)
         return _backend.rows(self.alpha(t), x_0) * x_0, _backend.rows(self.sigma(t), x_0)
 
     def transition(self, t, s):
