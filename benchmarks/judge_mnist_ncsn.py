@@ -16,6 +16,7 @@ import numpy as np
 
 import tfdiffusion as tfd
 from tfdiffusion import evaluation
+from tfdiffusion.denoiser import Clipped
 
 
 def main():
@@ -57,6 +58,12 @@ def main():
         )
         report(f"annealed Langevin, {steps} a level", samples, began)
         report("the same without the denoising step", path[-2], began)
+    ladder = {"seeds": range(args.num), "shape": model.sample_shape, "steps": len(model.sigmas)}
+    for sampler in ("ddpm", "ddim"):
+        for words, denoiser in (("", model.denoiser()), (", clipped", Clipped(model.denoiser()))):
+            began = time.monotonic()
+            samples = np.asarray(tfd.sample(denoiser, sampler=sampler, **ladder))
+            report(f"{sampler} on its {len(model.sigmas)} levels{words}", samples, began)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ SavedModel too, can be held against it.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +108,10 @@ def drawn_by(pipeline, seeds, monkeypatch, steps=STEPS):
 
     def all_noise():
         sigma = getattr(pipeline.scheduler.config, "sigma_max", None)
-        # Ours starts with the data's variance, 1, in it.
-        yield noise(0) * (1.0 if sigma is None else (1.0 + sigma**-2) ** 0.5)
+        if sigma is None:
+            yield noise(0)
+        else:  # ours is of images in [−1, 1], and starts with the data's variance, 1, in it
+            yield (noise(0) * (1.0 + (2 * sigma) ** 2) ** 0.5 / 2 + 0.5) / sigma
         corrections = getattr(pipeline.scheduler.config, "correct_steps", None)
         for k in range(steps + 1):
             if corrections is None:
@@ -126,9 +130,9 @@ def drawn_by(pipeline, seeds, monkeypatch, steps=STEPS):
         return pipeline(**settings).images
 
 
-def as_theirs(images, kind="ddpm"):
-    """Our images as pipelines give them: in [0, 1], where ScoreSdeVe's are from the start."""
-    return np.clip(images if kind == "score_sde" else images / 2 + 0.5, 0.0, 1.0)
+def as_theirs(images):
+    """Our images as pipelines give them: in [0, 1]."""
+    return np.clip(images / 2 + 0.5, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -137,7 +141,7 @@ def test_samples_agree(kind, folders, monkeypatch):
     pipeline = getattr(diffusers, PIPELINES[kind][0]).from_pretrained(folders(kind))
     seeds = SEEDS[:1] if kind == "score_sde" else SEEDS  # whose steps depend on the batch
     expected = drawn_by(pipeline, seeds, monkeypatch)
-    ours = as_theirs(model.sample(len(seeds), seeds=seeds, steps=STEPS), kind)
+    ours = as_theirs(model.sample(len(seeds), seeds=seeds, steps=STEPS))
     assert expected.shape == (len(seeds), SIZE, SIZE, 3)
     assert 0.05 < expected.std()  # not all black or white
     np.testing.assert_allclose(ours, expected, atol=1e-4)
@@ -205,6 +209,34 @@ def test_a_model_trained_further_here_samples_there(folders, tmp_path, monkeypat
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
     expected = drawn_by(pipeline, SEEDS, monkeypatch)
     np.testing.assert_allclose(as_theirs(after), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_images_between_0_and_1_come_back(centered, folders, tmp_path):
+    """The same score, of images in [0, 1] there and in [−1, 1] here."""
+    there = tmp_path / "there"
+    shutil.copytree(folders("score_sde"), there)
+    config = json.loads((there / "unet" / "config.json").read_text())
+    config["center_input_sample"] = centered
+    (there / "unet" / "config.json").write_text(json.dumps(config))
+    model = tfd.convert.from_diffusers(there)
+    pipelines = [
+        diffusers.ScoreSdeVePipeline.from_pretrained(folder)
+        for folder in (there, tfd.convert.to_diffusers(model, tmp_path / "back"))
+    ]
+    assert pipelines[0].scheduler.config.sigma_max == pipelines[1].scheduler.config.sigma_max
+    x, sigma = np.random.default_rng(0).uniform(size=(2, 3, SIZE, SIZE)).astype("float32"), 0.7
+    scores = [
+        pipe.unet(torch.tensor(x), torch.full((2,), sigma)).sample.detach().numpy()
+        for pipe in pipelines
+    ]
+    here = numpy(
+        model.network(
+            {"x": 2 * x.transpose(0, 2, 3, 1) - 1, "time": np.full(2, 2 * sigma, "float32")}
+        )
+    )
+    for score in (scores[1], 2 * here.transpose(0, 3, 1, 2)):
+        np.testing.assert_allclose(score, scores[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_made_here_samples_there(tmp_path, monkeypatch):

@@ -234,14 +234,15 @@ def test_samples_agree(case, monkeypatch):
 
 
 class Score(Smooth):
-    """Of data N(0.5, 0.04), a little bent, told σ."""
+    """Of data N(0.5, 0.04), a little bent, told σ; called, of 2x − 1, told 2σ."""
 
     @staticmethod
     def of(x, sigma, xp):
         return -(x - 0.5) / (0.04 + sigma * sigma) + 0.1 * xp.sin(x) / (1.0 + sigma * sigma)
 
     def call(self, inputs, training=False):
-        return self.of(inputs["x"], ops.reshape(inputs["time"], (-1, 1, 1, 1)), ops)
+        x, sigma = inputs["x"] / 2 + 0.5, inputs["time"] / 2
+        return self.of(x, ops.reshape(sigma, (-1, 1, 1, 1)), ops) / 2
 
 
 @pytest.mark.parametrize("corrections", [0, 1, 2])
@@ -270,8 +271,8 @@ def test_samples_of_a_variance_exploding_pipeline_agree(corrections, monkeypatch
             state = scheduler.step_correct(Score.of(state, sigma, torch), state).prev_sample
         moved = scheduler.step_pred(Score.of(state, sigma, torch), timestep, state)
         state = moved.prev_sample
-    ours = our_sample(schedule, x, steps, Score())
-    np.testing.assert_allclose(ours, moved.prev_sample_mean.numpy(), atol=1e-4)
+    ours = our_sample(schedule, 2 * x - 1, steps, Score())
+    np.testing.assert_allclose(ours / 2 + 0.5, moved.prev_sample_mean.numpy(), atol=1e-4)
     assert schedule.sampling.steps == 2000
 
 

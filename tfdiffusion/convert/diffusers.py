@@ -35,9 +35,9 @@ def from_diffusers(
 
     Its process, prediction and way to sample come from the scheduler's configuration. A checkpoint
     without one counts as DDPM's: 1000 steps, β from 1e-4 to 0.02, noise prediction. Images are in
-    the range that they have there, which is [−1, 1], but [0, 1] with a ScoreSdeVeScheduler. The
-    labels of a class-conditional network have no "no label" yet, for guidance: it starts as a
-    vector of zeros, and `fit` trains it.
+    [−1, 1], also those that a ScoreSdeVeScheduler has in [0, 1]. The labels of a class-conditional
+    network have no "no label" yet, for guidance: it starts as a vector of zeros, and `fit` trains
+    it.
 
     Args:
         path: a folder or the name of one on the Hugging Face Hub (pip install
@@ -71,7 +71,7 @@ def from_diffusers(
     config = files.read_json(parts.unet / _CONFIG)
     size = _size(config, image_size)
     schedule = parts.schedule()
-    network = read_network(parts.unet)
+    network = _read_network(parts.unet, schedule.unit_range)
     if network.label not in (None, "class"):
         raise ValueError(
             f"class_embed_type={config['class_embed_type']!r}: a DiffusionModel's labels are "
@@ -96,8 +96,11 @@ def read_network(folder: str | os.PathLike) -> UNet2D:
     Raises:
         FileNotFoundError, ValueError: As `from_diffusers`.
     """
-    folder = _Parts.of(files.locate(folder)).unet
-    network = unet.network(files.read_json(folder / _CONFIG))
+    return _read_network(_Parts.of(files.locate(folder)).unet)
+
+
+def _read_network(folder: Path, unit_range: bool = False) -> UNet2D:
+    network = unet.network(files.read_json(folder / _CONFIG), unit_range)
     tensors, file = files.read_weights(folder)
     unet.assign(list(unet.slots(network)), unet.modern(tensors), str(file))
     return network
@@ -193,8 +196,9 @@ def to_diffusers(
         )
     _check_free(folder, overwrite)
     height, width = model.sample_shape[:2]
-    config = unet.configuration(model.network, height if height == width else [height, width])
     scheduler = schedulers.write(model)
+    size = height if height == width else [height, width]
+    config = unet.configuration(model.network, size, schedulers.read(scheduler).unit_range)
     tensors = unet.collect(list(unet.slots(model.averaged().network)))
     if "class_embedding.weight" in tensors:
         config["num_class_embeds"] = len(tensors["class_embedding.weight"])

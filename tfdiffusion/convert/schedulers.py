@@ -25,7 +25,8 @@ What comes from other numbers of steps than diffusers' code was made for is thei
 divide T, and PNDM's Runge–Kutta steps meet half-way only where ⌊T/N⌋ is even. ScoreSdeVe starts
 from noise of variance σ², and so do Euler's and Heun's schedulers on linspace and trailing grids;
 samples here start from that of noisy data, α² + σ² times the data's 1. ScoreSdeVe's correctors take
-the mean of the norms over a batch, ours those of each image, and its images lie in [0, 1].
+the mean of the norms over a batch, ours those of each image. Its images lie in [0, 1]; here they
+are mapped to [−1, 1], with 2σ for σ.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Schedule:
         time_input: what it is told about time.
         sampling: how samples are drawn.
         scale_input: whether it gets the noisy data at unit scale, or as they are.
+        unit_range: whether its images lie in [0, 1] there. Here they are those in [−1, 1], with
+            twice the noise.
     """
 
     process: Process
@@ -59,6 +62,7 @@ class Schedule:
     sampling: Sampling
     time_input: str = "timestep"
     scale_input: bool = False
+    unit_range: bool = False
 
     def model_arguments(self) -> dict:
         """Arguments of `DiffusionModel` beside the network: of the model that was imported."""
@@ -509,7 +513,7 @@ def _read_flow(config: _Config) -> Schedule:
 
 
 def _read_score_sde(config: _Config) -> Schedule:
-    process = processes.VarianceExploding(config["sigma_min"], config["sigma_max"])
+    process = processes.VarianceExploding(2.0 * config["sigma_min"], 2.0 * config["sigma_max"])
     corrections, snr = config["correct_steps"], config["snr"]
     sampler: samplers.Sampler = samplers.ReverseDiffusion()
     if corrections:
@@ -517,7 +521,7 @@ def _read_score_sde(config: _Config) -> Schedule:
         sampler = samplers.PredictorCorrector("reverse_diffusion", snr, corrections, **settings)
     config.only("sampling_eps", 1e-5, why="networks are told times that end there")
     sampling = Sampling(sampler, times.Shifted(last=0.0), config["num_train_timesteps"], None)
-    return Schedule(process, "score", sampling, "score_sde_sigma")
+    return Schedule(process, "score", sampling, "score_sde_sigma", unit_range=True)
 
 
 _READERS: dict[str, Callable[[_Config], Schedule]] = {
@@ -761,7 +765,7 @@ def _write_score_sde(model, sampling: Sampling) -> tuple[str, dict]:
     sampler = sampling.sampler
     correcting = isinstance(sampler, samplers.PredictorCorrector)
     return "ScoreSdeVeScheduler", {
-        **model.process.get_config(),
+        **{name: 0.5 * sigma for name, sigma in model.process.get_config().items()},
         "num_train_timesteps": sampling.steps,
         "correct_steps": sampler.corrections if correcting else 0,
         "snr": sampler.snr if correcting else 0.15,

@@ -81,16 +81,18 @@ _LABELS = {None: None, "timestep": "time", "identity": "vector"}
 _ACTIVATIONS = {name: name for name in ("silu", "relu", "gelu", "mish")} | {"swish": "silu"}
 
 
-def network(config: dict) -> UNet2D:
+def network(config: dict, unit_range: bool = False) -> UNet2D:
     """Makes the network of a configuration, built and with fresh weights.
 
     Args:
         config: of a `UNet2DModel`; keys that it leaves out have diffusers' defaults.
+        unit_range: whether there it is a score of images in [0, 1], told their σ; here it is the
+            score of the same images in [−1, 1], told twice as much.
 
     Raises:
         ValueError: For what the network cannot be, by key and value.
     """
-    made = UNet2D(**arguments(config))
+    made = UNet2D(**_arguments_in(unit_range, config))
     channels = config.get("in_channels", DEFAULTS["in_channels"])
     shapes: dict[str, tuple] = {"x": (None, None, None, channels), "time": (None,)}
     if made.label is not None:
@@ -164,8 +166,29 @@ def arguments(config: dict) -> dict[str, Any]:
         "num_times": config["num_train_timesteps"] if time == "learned" else None,
         "label": label,
         "num_classes": num_classes if label == "class" else None,
-        "center_input": config["center_input_sample"],
+        "input_map": "center" if config["center_input_sample"] else None,
         "divide_by_sigma": time == "fourier",
+    }
+
+
+def _arguments_in(unit_range: bool, config: dict) -> dict[str, Any]:
+    """`arguments`, of a score of images in [0, 1] if so.
+
+    With x' = 2x − 1 and σ' = 2σ the score is half as long. A network that divides by σ does so by
+    twice as much then.
+    """
+    made = arguments(config)
+    if not unit_range:
+        return made
+    if not made["divide_by_sigma"]:
+        raise ValueError(
+            "The network of a ScoreSdeVeScheduler must have time_embedding_type='fourier', which "
+            f"divides by sigma. Received: {config.get('time_embedding_type', 'positional')!r}."
+        )
+    return {
+        **made,
+        "time_scale": 0.5,
+        "input_map": None if made["input_map"] == "center" else "uncenter",
     }
 
 
@@ -197,31 +220,34 @@ def _look_up_block(name: str, kinds: dict) -> dict:
 # And back.
 
 
-def configuration(network, sample_size: int | list[int]) -> dict[str, Any]:
+def configuration(
+    network, sample_size: int | list[int], unit_range: bool = False
+) -> dict[str, Any]:
     """The configuration of a network, complete.
 
     Args:
         network: a built `networks.UNet2D` or `networks.UNet`.
         sample_size: side of its images, or [height, width].
+        unit_range: whether it is to be a score of images in [0, 1]; see `network`.
 
     Raises:
         ValueError: If a `UNet2DModel` cannot be this network, by key and value.
         TypeError: If the network is of another kind.
     """
     if isinstance(network, UNet2D):
-        guess = _configuration_2d(network)
-    elif isinstance(network, UNet):
+        guess = _configuration_2d(network, unit_range)
+    elif isinstance(network, UNet) and not unit_range:
         guess = _configuration_own(network)
     else:
         raise TypeError(
-            f"diffusers' UNet2DModel can be a tfdiffusion.networks.UNet or UNet2D. Received a "
-            f"{type(network).__name__}."
+            f"diffusers' UNet2DModel can be a tfdiffusion.networks.UNet2D, or a UNet unless its "
+            f"scheduler is ScoreSdeVe. Received a {type(network).__name__}."
         )
     channels = int(network.conv_in.kernel.shape[2])
     return {**DEFAULTS, **guess, "sample_size": sample_size, "in_channels": channels}
 
 
-def _configuration_2d(network: UNet2D) -> dict[str, Any]:
+def _configuration_2d(network: UNet2D, unit_range: bool) -> dict[str, Any]:
     """Guesses the configuration, and makes sure that it is this network's."""
     config, (encoder, decoder) = network.get_config(), network.levels
     middle = network.middle_level
@@ -230,7 +256,7 @@ def _configuration_2d(network: UNet2D) -> dict[str, Any]:
     heads = [level.head_dim for level in levels if level.attention]
     guess = {
         "out_channels": config["out_channels"],
-        "center_input_sample": config["center_input"],
+        "center_input_sample": config["input_map"] == (None if unit_range else "center"),
         "time_embedding_type": _key(_TIMES, config["time_embedding"]),
         "time_embedding_dim": config["time_width"],
         "freq_shift": config["freq_shift"],
@@ -261,7 +287,7 @@ def _configuration_2d(network: UNet2D) -> dict[str, Any]:
     if middle is not None and isinstance(middle.attention_groups, int):
         usual = not config["scale_shift"] and middle.attention_groups == guess["norm_num_groups"]
         guess["attn_norm_num_groups"] = None if usual else middle.attention_groups
-    _verify(UNet2D(**arguments(guess)).get_config(), config)
+    _verify(UNet2D(**_arguments_in(unit_range, guess)).get_config(), config)
     return guess
 
 

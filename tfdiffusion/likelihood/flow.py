@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _checks, _names, random
+from tfdiffusion import _backend, _checks, _names, _states, random
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.likelihood import levels
 from tfdiffusion.likelihood.bound import (
@@ -294,7 +294,7 @@ def integrate(field, state: tuple, start: float, end: float, tolerance, max_step
             proposal = tuple(x + move for x, move in zip(state, moves))
             slope = field(time + nodes[i] * h, proposal)
             put = zip(slopes, slope)
-            return tuple(_replace(k, i, value) for k, value in put), proposal
+            return tuple(_states.put(k, i, value) for k, value in put), proposal
 
         slopes = tuple(ops.stack([k] + 6 * [ops.zeros_like(k)]) for k in first)
         slopes, proposal = ops.fori_loop(1, 7, stage, (slopes, state))
@@ -318,11 +318,6 @@ def integrate(field, state: tuple, start: float, end: float, tolerance, max_step
     loop = (time, size, tuple(field(time, state)), ops.zeros((), "int32"), *state)
     time, _, _, steps, *state = ops.while_loop(unfinished, advance, loop)
     return tuple(state), time, 1 + 6 * steps
-
-
-def _replace(stack, i, value):
-    """The stack with entry i replaced."""
-    return ops.slice_update(stack, (i,) + (0,) * len(value.shape), value[None])
 
 
 def _error_norm(errors, before, after, tolerance, scales):

@@ -126,7 +126,8 @@ class UNet2D(keras.Model):
         label: `None`; `"class"`, with a vector for each of `num_classes` and one for "no label";
             `"time"`, a number that is embedded as the time is; `"vector"`, `(B, time_width)`.
         num_classes: Of `label="class"`.
-        center_input: Whether x in [0, 1] is to be mapped to [−1, 1] first.
+        input_map: `"center"` maps x from [0, 1] to [−1, 1] first, `"uncenter"` from [−1, 1] to
+            [0, 1]; `None` leaves it.
         divide_by_sigma: Whether the output is divided by `time`, then σ, as a score's is.
         **kwargs: `name`, `dtype` and `trainable` of `keras.Model`; anything else is refused.
 
@@ -171,7 +172,7 @@ class UNet2D(keras.Model):
         num_times: int | None = None,
         label: str | None = None,
         num_classes: int | None = None,
-        center_input: bool = False,
+        input_map: str | None = None,
         divide_by_sigma: bool = False,
         **kwargs,
     ):
@@ -190,6 +191,7 @@ class UNet2D(keras.Model):
         self.middle_level = None if middle is None else _level(middle)
         _check_levels(*self.levels)
         choice("label", label, (None, "class", "time", "vector"))
+        choice("input_map", input_map, (None, "center", "uncenter"))
         if (label == "class") != (num_classes is not None):
             raise ValueError(
                 f"`num_classes` goes with label='class'. Received: label={label!r}, "
@@ -198,7 +200,7 @@ class UNet2D(keras.Model):
         self.out_channels = positive_int("out_channels", out_channels)
         self.num_classes, self.label = num_classes, label
         self.time_scale, self.time_shift = float(time_scale), float(time_shift)
-        self.center_input, self.divide_by_sigma = bool(center_input), bool(divide_by_sigma)
+        self.input_map, self.divide_by_sigma = input_map, bool(divide_by_sigma)
         first = self.levels[0][0].width
         time_width = 4 * first if time_width is None else time_width
         self.time_width = positive_int("time_width", time_width)
@@ -263,7 +265,7 @@ class UNet2D(keras.Model):
             "num_times": num_times,
             "label": label,
             "num_classes": num_classes,
-            "center_input": center_input,
+            "input_map": input_map,
             "divide_by_sigma": divide_by_sigma,
         }
 
@@ -371,8 +373,8 @@ class UNet2D(keras.Model):
         time = ops.cast(inputs["time"], "float32")
         embedding = self._embed(time, inputs.get("label"))
         x = ops.cast(inputs["x"], self.compute_dtype)
-        if self.center_input:
-            x = 2.0 * x - 1.0
+        if self.input_map is not None:
+            x = 2.0 * x - 1.0 if self.input_map == "center" else 0.5 * x + 0.5
         conditions = {"embedding": embedding, "training": training}
 
         image, x = x, self.conv_in(x)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from keras import ops
 
-from tfdiffusion import _backend, _checks, random
+from tfdiffusion import _backend, _checks, _states, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser, check
 from tfdiffusion.samplers.base import Sampler, get
@@ -92,19 +92,13 @@ def integrate(
     if keys.shape[0] != 1:  # which serves all rows, where there is no noise
         _checks.one_a_row(x, keys=keys[:, 0])
     steps = ops.shape(times)[0] - 1
-    path = ()
-    if return_path:
-        empty = ops.zeros_like(ops.broadcast_to(x[None], (steps + 2, *ops.shape(x))))
-        path = (ops.slice_update(empty, (0,) * (len(x.shape) + 1), x[None]),)
+    path = _states.begin(x, steps + 2, return_path)
 
     def advance(k, state):
         carry, path = state
         step_keys = random.fold_in(keys, k + _FIRST_STEP)
         carry = sampler.step(denoiser, carry, times[k], times[k + 1], step_keys)
-        if return_path:
-            start = (k + 1,) + (0,) * len(x.shape)
-            path = (ops.slice_update(path[0], start, carry[0][None]),)
-        return carry, path
+        return carry, _states.record(path, k + 1, carry[0])
 
     settle = denoise_last if settle is None else settle
     carry = sampler.start(x, steps + int(denoise_last) if settle else None)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _checks
+from tfdiffusion import _checks, _states
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.processes import Process
@@ -107,7 +107,7 @@ def _stages(denoiser: Denoiser, tableau: _Tableau, z, phi, h, first):
     def add(i, slopes):
         inner = z + rows(h, z) * ops.tensordot(a[i], slopes, axes=1)
         slope = _velocity(denoiser, inner, phi + c[i] * h)
-        return ops.slice_update(slopes, (i,) + (0,) * len(z.shape), slope[None])
+        return _states.put(slopes, i, slope)
 
     return ops.fori_loop(1, tableau.count, add, ops.concatenate([first[None], rest]))
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _checks, _names, random
+from tfdiffusion import _backend, _checks, _names, _states, random
 from tfdiffusion.score_matching.ladders import check_ladder
 
 # A key has one stream for the first state and one a step.
@@ -147,26 +147,13 @@ def langevin(
         def advance(k, state):
             x, path = state
             x = x + h * score(x) + scale * noise(k + _FIRST_STEP)
-            return x, _recorded(path, k + 1, x)
+            return x, _states.record(path, k + 1, x)
 
-        x, path = ops.fori_loop(0, steps, advance, (x, _path_from(x, steps + 1, return_path)))
+        x, path = ops.fori_loop(0, steps, advance, (x, _states.begin(x, steps + 1, return_path)))
         return (x, *path)
 
     x, *path = _backend.compiled(run, variables)(x, keys)
     return (x, *path) if return_path else x
-
-
-def _path_from(x, length: int, wanted: bool) -> tuple:
-    """A path (length, B, ...) that begins with x, in a tuple; an empty tuple if none is wanted."""
-    if not wanted:
-        return ()
-    empty = ops.zeros_like(ops.broadcast_to(x[None], (length, *ops.shape(x))))
-    return _recorded((empty,), 0, x)
-
-
-def _recorded(path: tuple, i, x) -> tuple:
-    """The path with x as its state i, if there is a path."""
-    return tuple(ops.slice_update(p, (i,) + (0,) * len(x.shape), x[None]) for p in path)
 
 
 def metropolis_langevin(
@@ -313,7 +300,7 @@ def annealed(
     table = ops.cast(sigmas, "float32")
     x = table[0] * noise(0)
     is_known = None if known is None else ops.cast(mask, "bool")
-    path = _path_from(x, len(sigmas) + 1, return_path)
+    path = _states.begin(x, len(sigmas) + 1, return_path)
     # Each step has a number for its own noise and one for that of the known pixels.
     total = len(sigmas) * steps_per_level
 
@@ -324,7 +311,7 @@ def annealed(
             noisy = known + table[level] * noise(total + k + _FIRST_STEP)
             x = ops.where(is_known, noisy, x)
         x = x + h[level] * score(x, level) + ops.sqrt(2.0 * h[level]) * noise(k + _FIRST_STEP)
-        return x, _recorded(path, level + 1, x)
+        return x, _states.record(path, level + 1, x)
 
     x, path = ops.fori_loop(0, total, advance, (x, path))
     if denoise:
