@@ -236,7 +236,7 @@ def test_images_scaled_to_the_unit_interval_are_noticed():
     [
         (lambda: data.load("digits", batch_size=0), "batch_size must be an integer >= 1.*=0"),
         (lambda: data.load("digits", image_size=0), "image_size must be an integer >= 1.*=0"),
-        (lambda: data.load("digits", image_size=8.0), "image_size must be a whole number"),
+        (lambda: data.load("digits", image_size=8.0), "image_size must be an integer"),
         (lambda: data.read("digits", channels=2), "channels must be 1 .* got 2"),
         (lambda: data.read("digits", split="test"), "no split 'test'.*only 'train'"),
         (lambda: data.read("moons", image_size=8), "'moons' has points"),
