@@ -107,13 +107,16 @@ def check_inputs(inputs: dict, num_classes: int | None) -> None:
         )
 
 
-def check_tensors(inputs: dict, channels: int, rank: int) -> None:
-    """Raise a `ValueError` unless tensors, traced or not, are what a built network takes.
+def check_tensors(inputs: dict, channels: int, rank: int, num_classes: int | None = None) -> None:
+    """Raise a `ValueError` unless tensors are what a built network takes.
+
+    Of traced ones dtypes and shapes are looked at; of labels outside of graphs, the values too.
 
     Args:
         inputs: `"x"` `(B, ..., channels)` of `rank` axes, `"time"` and `"label"` `(B,)`.
         channels: That the network was built for.
         rank: Number of axes of x.
+        num_classes: The largest label, which means "no label".
     """
     x = inputs["x"]
     _checks.real(**inputs)
@@ -134,6 +137,13 @@ def check_tensors(inputs: dict, channels: int, rank: int) -> None:
         raise ValueError(
             f"`label` must be integers. Received: dtype {_checks.dtype(inputs['label'])}"
         )
+    if "label" in inputs and not _checks.is_symbol(inputs["label"]):
+        label = ops.convert_to_numpy(inputs["label"])
+        if label.size and (label.min() < 0 or label.max() > num_classes):
+            raise ValueError(
+                f"`label` must be integers from 0 to {num_classes}, which is no label. Received: "
+                f"{label.min()} to {label.max()}"
+            )
 
 
 def rate(argument: str, value: object) -> float:

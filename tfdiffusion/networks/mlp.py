@@ -148,7 +148,7 @@ class MLP(keras.Model):
 
     def call(self, inputs, training=False):
         check_inputs(inputs, self.num_classes)
-        check_tensors(inputs, self.dense_in.kernel.shape[0], rank=2)
+        check_tensors(inputs, self.dense_in.kernel.shape[0], 2, self.num_classes)
         embedding = self.time_embedding(inputs["time"])
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(inputs["label"])

@@ -261,7 +261,8 @@ class UNet(keras.Model):
 
     def call(self, inputs, training=False):
         check_inputs(inputs, self.num_classes)
-        check_tensors(inputs, self.conv_in.kernel.shape[2] // self.patch_size**2, rank=4)
+        channels = self.conv_in.kernel.shape[2] // self.patch_size**2
+        check_tensors(inputs, channels, 4, self.num_classes)
         _check_size(tuple(inputs["x"].shape), len(self.widths), self.patch_size)
         embedding = self.time_embedding(inputs["time"])
         if self.label_embedding is not None:

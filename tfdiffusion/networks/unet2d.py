@@ -32,6 +32,7 @@ from tfdiffusion.networks.layers import (
     ResidualBlock,
     SelfAttention,
     Upsample,
+    check_tensors,
     choice,
     int_tuple,
     label_embedding,
@@ -370,6 +371,8 @@ class UNet2D(keras.Model):
 
     def call(self, inputs, training=False):
         self._check_inputs(inputs)
+        looked_at = {k: v for k, v in inputs.items() if k != "label" or self.label == "class"}
+        check_tensors(looked_at, self.conv_in.kernel.shape[2], 4, self.num_classes)
         time = ops.cast(inputs["time"], "float32")
         embedding = self._embed(time, inputs.get("label"))
         x = ops.cast(inputs["x"], self.compute_dtype)
