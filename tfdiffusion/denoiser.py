@@ -336,7 +336,7 @@ class Conditioned(Denoiser):
 
     Args:
         denoiser: a `NetworkDenoiser`.
-        label: int (B,) or scalar.
+        label: int (B,) or scalar; None for "no label".
 
     Raises:
         TypeError: If the denoiser is none.
@@ -345,7 +345,8 @@ class Conditioned(Denoiser):
 
     def __init__(self, denoiser: NetworkDenoiser, label):
         self.denoiser, self.label = check(denoiser), label
-        check_labels(label, getattr(denoiser, "num_classes", None))
+        if label is not None:
+            check_labels(label, getattr(denoiser, "num_classes", None))
         self.process, self.latest = denoiser.process, denoiser.latest
         self.variables, self.learns_variance = denoiser.variables, denoiser.learns_variance
 
