@@ -980,20 +980,21 @@ entry(
 )
 entry("StopAtStep", callbacks.StopAtStep, **sizes(steps=4, done=0))
 entry("Progress", callbacks.Progress, **sizes(steps=4, done=0), **numbers(seconds=1.0))
-entry(
-    "saved_model",
-    lambda model_=None, **a: tfd.export.saved_model(model() if model_ is None else model_, **a),
-    model_=(None, THINGS[1:]),
-    **paths(directory="."),
-    **request,
-    **names(threshold="auto"),
-)
-entry(
-    "saved_model, score",
-    lambda **a: tfd.export.saved_model(score_model(), **a),
-    **paths(directory="."),
-    **sizes(steps_per_level=1),
-)
+if keras.backend.backend() == "tensorflow":  # on others, it says that it cannot
+    entry(
+        "saved_model",
+        lambda model_=None, **a: tfd.export.saved_model(model() if model_ is None else model_, **a),
+        model_=(None, THINGS[1:]),
+        **paths(directory="."),
+        **request,
+        **names(threshold="auto"),
+    )
+    entry(
+        "saved_model, score",
+        lambda **a: tfd.export.saved_model(score_model(), **a),
+        **paths(directory="."),
+        **sizes(steps_per_level=1),
+    )
 entry(
     "from_diffusers",
     tfd.convert.from_diffusers,

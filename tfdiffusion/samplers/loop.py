@@ -84,6 +84,7 @@ def integrate(
     denoiser, sampler = check(denoiser), get(sampler)
     random.check_keys(keys)
     _checks.floating(times=times, x=x)
+    times, x = ops.convert_to_tensor(times), ops.convert_to_tensor(x)
     if len(times.shape) != 1 or 0 in times.shape or len(x.shape) < 2 or 0 in x.shape:
         raise ValueError(
             "times must be of shape (N,) and x of shape (B, ...), none 0. Received "
