@@ -482,7 +482,7 @@ def test_orders_and_arguments_are_checked():
         Heun(churn=-1)
     with pytest.raises(ValueError, match=r"Unknown start-up 'heun'"):
         PLMS(start_up="heun")
-    with pytest.raises(ValueError, match=r"snr > 0 and corrections >= 1.*snr=0"):
+    with pytest.raises(ValueError, match=r"snr must be positive and finite\. .*snr=0"):
         PredictorCorrector(snr=0.0)
     with pytest.raises(ValueError, match=r"Unknown sampler 'reverse'"):
         PredictorCorrector(predictor="reverse")
