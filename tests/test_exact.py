@@ -313,7 +313,7 @@ def test_draws_follow_the_mixture():
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        (([1.0, 2.0],), r"means must have shape \(K, D\)"),
+        (([1.0, 2.0],), r"means must be numbers \(K, D\)"),
         (([[0.0], [1.0]], [1.0, -1.0]), "variances >= 0"),
         (([[0.0], [1.0]], 1.0, [1.0]), "2 means need as many positive weights"),
         (([[0.0], [1.0]], 1.0, [1.0, 0.0]), "positive weights"),

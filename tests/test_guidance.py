@@ -158,7 +158,7 @@ def test_the_model_and_the_denoiser_sample_alike(model):
         ({"label": 1, "guidance": [1.0, 2.0]}, r"guidance must be one number or 3, one a row"),
         ({"num": 0}, r"num must be an integer >= 1. Received num=0"),
         ({"seeds": [1]}, r"seeds must be 3 integers. Received shape \(1,\)"),
-        ({"batch_size": 0}, r"batch_size must be >= 1. Received batch_size=0"),
+        ({"batch_size": 0}, r"batch_size must be an integer >= 1. Received batch_size=0"),
         ({"threshold": "clp"}, r"Unknown threshold 'clp'. Did you mean 'clip'"),
         ({"steps": 1001}, r"steps=1001 exceeds the 1000 noise levels"),
     ],

@@ -67,7 +67,7 @@ def test_temperature_scales_the_variance():
     assert x.var() == pytest.approx(0.09 / (1 - 0.4 / 2), rel=5 * ERROR)
     assert np.abs(numpy(langevin.langevin(**step, temperature=0.0))).max() < 1e-6
     for temperature in (-0.1, np.inf, np.nan):
-        with pytest.raises(ValueError, match="temperature must be finite and not negative"):
+        with pytest.raises(ValueError, match=r"temperature must lie in \[0, inf\)"):
             langevin.langevin(**step, temperature=temperature)
 
 
@@ -315,7 +315,7 @@ def run(**request):
         (lambda: run(step_size=0.0), "step_size must be positive"),
         (lambda: run(convention="euler"), "convention"),
         (lambda: run(keys=keys(3)), "one key a row"),
-        (lambda: run(steps=0), "steps must be >= 1"),
+        (lambda: run(steps=0), "steps must be an integer >= 1"),
         (lambda: langevin.drift_steps([1.0, 0.1], 0.021, "ncsnv2"), "limit of stability .* 0.02 "),
         (lambda: langevin.drift_steps([0.1, 1.0], 0.001, "ncsnv2"), "must fall strictly"),
         (lambda: anneal(mixture(), 2, steps=1, convention="x"), "convention"),

@@ -15,11 +15,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tfdiffusion"
 
-# Which rooms a room may import anywhere, also inside functions. `_names`, `_states` and `random`
-# know nothing of diffusion, `_backend` only Keras; they are open to all.
-COMMON = {"_backend", "_defaults", "_names", "_states", "random"}
+# Which rooms a room may import anywhere, also inside functions. `_checks`, `_names`, `_states` and
+# `random` know nothing of diffusion, `_backend` only Keras; they are open to all.
+COMMON = {"_backend", "_checks", "_defaults", "_names", "_states", "random"}
 TABLE = {
     "_backend": set(),
+    "_checks": set(),
     "_defaults": set(),
     "_names": set(),
     "_states": set(),

@@ -174,7 +174,7 @@ def test_points_move_from_the_first_state_to_the_last(tmp_path):
     for wrong, words in [(states[:, 0], "shape"), (states[:1], "S >= 2"), (states * np.nan, "NaN")]:
         with pytest.raises(ValueError, match=words):
             plotting.save_points_gif(wrong, file)
-    with pytest.raises(ValueError, match="1 titles for 21"):
+    with pytest.raises(ValueError, match="titles must be 21 texts"):
         plotting.save_points_gif(states, file, titles=["one"])
     with pytest.raises(ValueError, match="trail"):
         plotting.save_points_gif(states, file, trail=-1)

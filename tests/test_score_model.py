@@ -337,7 +337,7 @@ def test_the_command_line_trains_samples_and_tells(tmp_path, capsys):
         (lambda m: m.sample(2, batch_size=0), "batch_size"),
         (lambda m: m.inpaint(np.zeros((2, 3)), True), r"known must have shape \(N, 2\)"),
         (lambda m: m.inpaint(np.zeros((2, 2)), np.ones(3)), "mask must have the shape"),
-        (lambda m: m.interpolate(0, 1, 1), "two ends"),
+        (lambda m: m.interpolate(0, 1, 1), "num must be an integer >= 2"),
         (lambda m: ScoreModel(ScoreMLP(SIGMAS), SIGMAS).sample(2), "no shape yet"),
         (lambda m: m.fit(points().astype("int32"), verbose=0), "must be float"),
     ],

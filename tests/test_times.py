@@ -159,7 +159,7 @@ def test_configuration_round_trip(distribution):
 def test_errors():
     with pytest.raises(ValueError, match=r"Unknown time distribution 'unifrom'\. Did you mean"):
         times.get("unifrom")
-    with pytest.raises(ValueError, match=r"num_timesteps must be >= 1\. Received 0"):
+    with pytest.raises(ValueError, match=r"must be an integer >= 1\. Received num_timesteps=0"):
         times.DiscreteUniform(0)
     for distribution in (times.LogitNormal, times.LogNormalSigma):
         with pytest.raises(ValueError, match=f"{distribution.__name__} needs std > 0"):

@@ -6,11 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import keras
 
-from tfdiffusion import checkpoints
+from tfdiffusion import _checks, checkpoints
 
 
 class _Periodic(keras.callbacks.Callback):
@@ -18,7 +17,7 @@ class _Periodic(keras.callbacks.Callback):
 
     def __init__(self, seconds: float):
         super().__init__()
-        self.seconds = seconds
+        self.seconds = _checks.number("seconds", seconds, "[0, inf]")
 
     def on_train_begin(self, logs=None):
         """Starts the clock."""
@@ -62,7 +61,10 @@ class Checkpoint(keras.callbacks.Callback):
         notes: Callable[[], dict] | None = None,
     ):
         super().__init__()
-        self.path, self.seconds, self.notes = Path(path), seconds, notes
+        if notes is not None and not callable(notes):
+            raise TypeError(f"notes must be a function, or None. Received {_checks.shown(notes)}.")
+        self.path, self.notes = _checks.path("path", path), notes
+        self.seconds = _checks.number("seconds", seconds, "[0, inf]")
         self.saved_at, self.stopping = time.monotonic(), False
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -107,7 +109,12 @@ class SampleGrid(_Periodic):
         columns: int | None = None,
     ):
         super().__init__(seconds)
-        self.path, self.columns = Path(path), columns
+        self.path, self.columns = _checks.path("path", path), columns
+        _checks.integer("num", num)
+        _checks.seed(seed)
+        for name, value in (("steps", steps), ("columns", columns)):
+            if value is not None:
+                _checks.integer(name, value)
         request = {"num": num, "label": label, "steps": steps, "seed": seed}
         self.request = {k: value for k, value in request.items() if value is not None}
 
@@ -145,8 +152,13 @@ class BitsPerDimension(keras.callbacks.Callback):
         super().__init__()
         from tfdiffusion import likelihood
 
-        self.images, self.label, self.every = images, label, every
-        pixels = likelihood.Pixels() if isinstance(pixels, str) else pixels
+        self.images, self.label = images, label
+        self.every = _checks.integer("every", every)
+        _checks.integer("evaluations", evaluations)
+        _checks.integer("batch_size", batch_size)
+        pixels = likelihood.Pixels() if isinstance(pixels, str) and pixels == "8 bits" else pixels
+        likelihood.pixels.check_pixels(pixels)
+        likelihood.pixels.as_float(images, "(N, ...)")
         self.options = {"evaluations": evaluations, "pixels": pixels, "batch_size": batch_size}
 
     def on_epoch_end(self, epoch, logs=None):
@@ -168,7 +180,7 @@ class StopAtStep(keras.callbacks.Callback):
 
     def __init__(self, steps: int, done: int = 0):
         super().__init__()
-        self.steps, self.done = steps, done
+        self.steps, self.done = _checks.integer("steps", steps), _checks.integer("done", done, 0)
 
     def on_train_batch_end(self, batch, logs=None):
         """Counts, and stops at the last."""
@@ -188,7 +200,8 @@ class Progress(keras.callbacks.Callback):
 
     def __init__(self, steps: int, seconds: float = 10.0, done: int = 0):
         super().__init__()
-        self.steps, self.seconds, self.done, self.first = steps, seconds, done, done + 1
+        self.steps, self.done = _checks.integer("steps", steps), _checks.integer("done", done, 0)
+        self.seconds, self.first = _checks.number("seconds", seconds, "[0, inf]"), done + 1
         self.shown_at, self.spent = time.monotonic(), 0.0
         self.bar = _bar(steps) if sys.stderr.isatty() else None
 

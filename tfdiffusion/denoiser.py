@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import keras
 from keras import ops
 
-from tfdiffusion import _backend, _names, predictions
+from tfdiffusion import _backend, _checks, _names, predictions
 from tfdiffusion._backend import rows
 from tfdiffusion.processes import Process
 
@@ -149,7 +149,11 @@ class NetworkDenoiser(Denoiser):
 
     Raises:
         ValueError: If a name is unknown, or the prediction is singular at the end of a chain.
+        TypeError: If the network cannot be called.
     """
+
+    #: Shape of one example, where it is known; its last axis is that of the network's weights.
+    example: tuple[int | None, ...] | None = None
 
     def __init__(
         self,
@@ -163,12 +167,18 @@ class NetworkDenoiser(Denoiser):
     ):
         from tfdiffusion import processes
 
+        if not callable(network):
+            raise TypeError(
+                "network must be called on {'x': ..., 'time': ...}: one of tfdiffusion.networks, "
+                f"or any Keras layer that does. Received {_checks.shown(network)}."
+            )
         self.network = network
         self.process = processes.get(process)
         self.prediction = predictions.get(prediction)
         self.time_input = time_input
         self._time_input = _names.look_up("time input", time_input, _TIME_INPUTS)
-        self.sigma_data, self.scale_input = float(sigma_data), bool(scale_input)
+        self.sigma_data = _checks.number("sigma_data", sigma_data, "(0, inf)")
+        self.scale_input = bool(scale_input)
         self._substitutes: Callable[[], list[tuple]] | None = None
         self._more_variables: tuple = ()
         self.latest = latest_time(
@@ -223,7 +233,12 @@ class NetworkDenoiser(Denoiser):
 
         Returns:
             y, float32 (B, ...).
+
+        Raises:
+            ValueError: If x_t is not float or of another shape than the network's, the times are
+                neither one nor B, or the labels are none of the network's.
         """
+        self._check(x_t, t, label)
         alpha_t, sigma_t = self.coefficients(t, x_t)
         x = x_t
         if self.scale_input:
@@ -236,12 +251,62 @@ class NetworkDenoiser(Denoiser):
             inputs["label"] = ops.broadcast_to(ops.cast(label, "int32"), (batch,))
         return ops.cast(self.network(inputs, training=training), x_t.dtype)
 
+    def _check(self, x_t, t, label) -> None:
+        """Looks at what costs nothing to look at, and at labels outside of graphs."""
+        _checks.floating(x_t=x_t)
+        _checks.one_a_row(x_t, t=t)
+        known, shape = self.example, tuple(x_t.shape)
+        if known is not None and (len(shape) != len(known) + 1 or shape[-1] != known[-1]):
+            raise ValueError(f"x_t must be of shape (B, {_listed(known)}). Received {shape}.")
+        if label is not None:
+            check_labels(label, self.num_classes)
+            _checks.one_a_row(x_t, label=label)
+
     def __call__(self, x_t, t, label=None):
         """x̂_0 from the network; see `Denoiser` and `predict`."""
         with self._weights():
             y = self.predict(x_t, t, label)
         alpha_t, sigma_t = self.coefficients(t, x_t)
         return self.prediction.clean(y, x_t, alpha_t, sigma_t, self.sigma_data)
+
+
+def _listed(shape) -> str:
+    return ", ".join("?" if side is None else str(side) for side in shape)
+
+
+def check(denoiser: Denoiser) -> Denoiser:
+    """The denoiser itself.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(denoiser, Denoiser):
+        return denoiser
+    hint = " Pass model.denoiser()." if hasattr(denoiser, "denoiser") else ""
+    raise TypeError(
+        "denoiser must be a denoiser, (x_t, t) -> x_0, such as model.denoiser() gives. Received "
+        f"{_checks.shown(denoiser)}.{hint}"
+    )
+
+
+def check_labels(label, num_classes: int | None) -> None:
+    """Raises a ValueError unless labels are those of a network; `num_classes` is "no label".
+
+    Of labels in a graph only the dtype can be looked at.
+    """
+    if num_classes is None:
+        raise ValueError(
+            "The network has no labels, its num_classes is None: leave label out. "
+            f"Received label={_checks.shown(label)}."
+        )
+    wanted = f"integers from 0 to {num_classes - 1}, the classes of the network"
+    if _checks.is_symbol(label):
+        ours = "int" in _checks.dtype(label)
+    else:
+        values = _checks.array("label", label, wanted, kinds="iu")
+        ours = not values.size or (values.min() >= 0 and values.max() <= num_classes)
+    if not ours:
+        raise ValueError(f"label must be {wanted}. Received {_checks.shown(label)}.")
 
 
 def latest_time(process: Process, singular: bool, what: str, instead: str) -> float:
@@ -271,11 +336,17 @@ class Conditioned(Denoiser):
 
     Args:
         denoiser: a `NetworkDenoiser`.
-        label: int (B,) or scalar.
+        label: int (B,) or scalar; None for "no label".
+
+    Raises:
+        TypeError: If the denoiser is none.
+        ValueError: If the labels are none of the network's.
     """
 
     def __init__(self, denoiser: NetworkDenoiser, label):
-        self.denoiser, self.label = denoiser, label
+        self.denoiser, self.label = check(denoiser), label
+        if label is not None:
+            check_labels(label, getattr(denoiser, "num_classes", None))
         self.process, self.latest = denoiser.process, denoiser.latest
         self.variables, self.learns_variance = denoiser.variables, denoiser.learns_variance
 
@@ -294,10 +365,14 @@ class Clipped(Denoiser):
     Args:
         denoiser: any denoiser.
         limit: x̂_0 is held in [−limit, limit].
+
+    Raises:
+        TypeError: If the denoiser is none.
+        ValueError: If the limit is not positive.
     """
 
     def __init__(self, denoiser: Denoiser, limit: float = 1.0):
-        self.denoiser, self.limit = denoiser, limit
+        self.denoiser, self.limit = check(denoiser), _checks.number("limit", limit, "(0, inf]")
         self.process, self.latest = denoiser.process, denoiser.latest
         self.variables, self.learns_variance = denoiser.variables, denoiser.learns_variance
 
@@ -327,11 +402,8 @@ class DynamicallyThresholded(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, quantile: float = 0.995, most: float = float("inf")):
-        if not 0.0 < quantile <= 1.0:
-            raise ValueError(f"quantile must lie in (0, 1]. Received {quantile}.")
-        if not most >= 1.0:
-            raise ValueError(f"most must be at least 1. Received {most}.")
-        self.denoiser, self.quantile, self.most = denoiser, quantile, most
+        self.denoiser, self.most = check(denoiser), _checks.number("most", most, "[1, inf]")
+        self.quantile = _checks.number("quantile", quantile, "(0, 1]")
         self.process, self.latest = denoiser.process, denoiser.latest
         self.variables = denoiser.variables
 
@@ -361,11 +433,9 @@ class Threshold:
     quantile: float | None = None
 
     def __post_init__(self):
-        if not self.limit > 0.0 or (self.quantile is not None and not 0.0 < self.quantile <= 1.0):
-            raise ValueError(
-                "Threshold needs limit > 0 and a quantile in (0, 1]. "
-                f"Received limit={self.limit}, quantile={self.quantile}."
-            )
+        _checks.number("limit", self.limit, "(0, inf]")
+        if self.quantile is not None:
+            _checks.number("quantile", self.quantile, "(0, 1]")
 
     def __call__(self, denoiser: Denoiser) -> Denoiser:
         """The denoiser, thresholded."""
@@ -381,3 +451,19 @@ class Threshold:
     def from_config(cls, config: dict) -> Threshold:
         """Makes the threshold of a configuration."""
         return cls(**config)
+
+
+THRESHOLDS = {"clip": Clipped, "dynamic": DynamicallyThresholded}
+
+
+def get_threshold(threshold: str | Threshold | None) -> Callable[[Denoiser], Denoiser]:
+    """A function from denoiser to denoiser: "clip", "dynamic", a `Threshold`, None for neither.
+
+    Raises:
+        ValueError: If the name is unknown; the message lists the known ones.
+    """
+    if threshold is None:
+        return lambda denoiser: denoiser
+    if isinstance(threshold, Threshold):
+        return threshold
+    return _names.look_up("threshold", threshold, THRESHOLDS)

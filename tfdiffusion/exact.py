@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from keras import ops
 
-from tfdiffusion import processes
+from tfdiffusion import _checks, processes
 from tfdiffusion.denoiser import Denoiser
 
 
@@ -44,17 +44,20 @@ class GaussianMixture(Denoiser):
         process: str | processes.Process = "vp",
     ):
         self.process = processes.get(process)
-        self.means = np.asarray(means, dtype=np.float64)
-        if self.means.ndim != 2:
-            raise ValueError(f"means must have shape (K, D). Received {self.means.shape}.")
+        self.means = _checks.array("means", means, "numbers (K, D)", rank=2).astype("float64")
         count = len(self.means)
-        self.variances = np.broadcast_to(np.asarray(variances, dtype=np.float64), (count,))
-        weights = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
-        if weights.shape != (count,) or (weights <= 0).any() or (self.variances < 0).any():
+        if not self.means.size:
+            raise ValueError(f"means must have shape (K, D), none 0. Received {self.means.shape}.")
+        variances = _checks.array("variances", variances, "numbers >= 0").astype("float64")
+        weights = np.ones(count) if weights is None else weights
+        weights = _checks.array("weights", weights, "positive numbers (K,)").astype("float64")
+        fits = weights.shape == (count,) and variances.shape in ((), (count,))
+        if not fits or (weights <= 0).any() or (variances < 0).any():
             raise ValueError(
                 f"{count} means need as many positive weights and variances >= 0. "
-                f"Received weights={weights.tolist()}, variances={self.variances.tolist()}."
+                f"Received weights={weights.tolist()}, variances={variances.tolist()}."
             )
+        self.variances = np.broadcast_to(variances, (count,))
         self.weights = weights / weights.sum()
 
     def draw(self, num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -62,12 +65,30 @@ class GaussianMixture(Denoiser):
 
         Returns:
             float32 points (num, D) and the int32 component of each (num,).
+
+        Raises:
+            ValueError: If num is no integer >= 1, or the seed none >= 0.
         """
+        _checks.integer("num", num)
+        _checks.integer("seed", seed, 0)
         generator = np.random.default_rng(seed)
         component = generator.choice(len(self.weights), size=num, p=self.weights)
         noise = generator.standard_normal((num, self.means.shape[1]))
         points = self.means[component] + np.sqrt(self.variances[component])[:, None] * noise
         return points.astype(np.float32), component.astype(np.int32)
+
+    def _points(self, x_t, t):
+        """x_t as a tensor: float (B, D), with one time or one a row."""
+        if not ops.is_tensor(x_t) and not _checks.is_symbol(x_t):
+            x_t = _checks.array("x_t", x_t, f"floats (B, {self.means.shape[1]})", kinds="f")
+        x_t = ops.convert_to_tensor(x_t)
+        _checks.floating(x_t=x_t)
+        if len(x_t.shape) != 2 or x_t.shape[1] not in (None, self.means.shape[1]):
+            raise ValueError(
+                f"x_t must be of shape (B, {self.means.shape[1]}). Received {tuple(x_t.shape)}."
+            )
+        _checks.one_a_row(x_t, t=t)
+        return x_t
 
     def _components(self, x_t, t):
         """Per component: α μ_k (K, D), variance of x_t, log of its joint density with k: (B, K)."""
@@ -86,12 +107,12 @@ class GaussianMixture(Denoiser):
 
     def log_density(self, x_t, t):
         """ln q_t(x_t), (B,), in nats."""
-        x_t = ops.convert_to_tensor(x_t)
+        x_t = self._points(x_t, t)
         return ops.logsumexp(self._components(x_t, t)[-1], axis=-1)
 
     def __call__(self, x_t, t):
         """E[x_0 | x_t]: the components' posterior means, weighed by their posterior."""
-        x_t = ops.convert_to_tensor(x_t)
+        x_t = self._points(x_t, t)
         alpha, variance, offset, log_joint = self._components(x_t, t)
         responsibility = _normalized(log_joint)  # (B, K)
         gain = alpha * ops.cast(self.variances, x_t.dtype) / variance  # (K,) or (B, K)
@@ -100,7 +121,7 @@ class GaussianMixture(Denoiser):
 
     def score(self, x_t, t):
         """∇ log q_t(x_t), without the division by α or σ: finite at t = 0 too."""
-        x_t = ops.convert_to_tensor(x_t)
+        x_t = self._points(x_t, t)
         _, variance, offset, log_joint = self._components(x_t, t)
         responsibility = _normalized(log_joint)
         return -ops.sum((responsibility / variance)[..., None] * offset, axis=1)
@@ -119,7 +140,7 @@ class GaussianMixture(Denoiser):
                 f"The flow of a mixture has no closed form; this one has {len(self.means)} "
                 "components."
             )
-        x_1 = ops.convert_to_tensor(x_1)
+        x_1 = self._points(x_1, 1.0)
         mean, variance = ops.cast(self.means[0], x_1.dtype), float(self.variances[0])
         times = ops.convert_to_tensor([0.0, 1.0], dtype=x_1.dtype)
         alpha, sigma = self.process.alpha(times), self.process.sigma(times)

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, random, samplers, times
+from tfdiffusion import _backend, _checks, random, samplers, times
 from tfdiffusion.denoiser import Denoiser, Threshold
 from tfdiffusion.samplers.loop import ending, integrate, prior, resolve_grid, start_time
 from tfdiffusion.score_matching import ScoreModel, langevin
@@ -110,7 +110,7 @@ def saved_model(
         resolve_grid(model.raw, grid, steps, sampler)
         model.guided(threshold=threshold)
         make = functools.partial(_Graph, model, sampler, grid, steps, threshold, batch_invariant)
-    directory = _check_directory(Path(directory), overwrite)
+    directory = _check_directory(_checks.path("directory", directory), overwrite)
     import tensorflow as tf
 
     graph = make()

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, random, times
+from tfdiffusion import _backend, _checks, random, times
 from tfdiffusion.denoiser import NetworkDenoiser
 
 _register = keras.saving.register_keras_serializable(package="tfdiffusion")
@@ -56,9 +56,7 @@ class ExponentialMovingAverage(keras.layers.Layer):
 
     def __init__(self, decay: float = 0.999, **kwargs):
         super().__init__(trainable=False, dtype="float32", **kwargs)
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"The EMA's decay must lie in [0, 1). Received {decay}.")
-        self.decay = float(decay)
+        self.decay = _checks.number("ema_decay", decay, "[0, 1)")
 
     def follow(self, variables) -> None:
         """Makes one averaged copy for each variable, equal to it."""
@@ -231,12 +229,18 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
     ):
         # Data, times and averages stay in float32; the network has a dtype policy of its own.
         super().__init__(autocast=False, **{"dtype": "float32", **kwargs})
-        if not 0.0 <= label_dropout < 1.0:
-            raise ValueError(f"label_dropout must lie in [0, 1). Received {label_dropout}.")
+        if not isinstance(raw.network, keras.Layer):
+            raise TypeError(
+                "network must be a Keras layer or model, such as those of tfdiffusion.networks. "
+                f"Received {_checks.shown(raw.network)}."
+            )
+        if bounded is not None and not isinstance(bounded, bool):
+            raise ValueError(f"bounded must be True, False or None. Received bounded={bounded!r}.")
         self.network, self.raw = raw.network, raw
         self.process, self.prediction = raw.process, raw.prediction
         self.times = _get_times(times)
-        self.label_dropout, self.seed = float(label_dropout), int(seed)
+        self.label_dropout = _checks.number("label_dropout", label_dropout, "[0, 1)")
+        self.seed = _checks.seed(seed)
         self._bounded = bounded
         self.ema = None if ema_decay is None else ExponentialMovingAverage(ema_decay, name="ema")
         self.loss_tracker = TrainingLoss()
@@ -263,7 +267,7 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
 
     def build(self, input_shape):
         """Builds network and averages for data of this shape, batch axis included."""
-        self.sample_shape = tuple(input_shape[1:])
+        self.sample_shape = self.raw.example = tuple(input_shape[1:])
         shapes = {"x": (None, *self.sample_shape), "time": (None,)}
         if self.num_classes is not None:
             shapes["label"] = (None,)
@@ -465,6 +469,12 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
 
     def _check_arrays(self, x, y) -> None:
         """Looks through NumPy data before training; the graph looks at every batch anyway."""
+        nothing = bool | int | float | complex | str | bytes | list | dict | np.generic | None
+        if isinstance(x, nothing):
+            raise ValueError(
+                "Expected an array (N, ...), a data set of batches, or a generator of them. "
+                f"Received {_checks.shown(x)}."
+            )
         if not isinstance(x, np.ndarray):
             return
         if x.size == 0:
@@ -475,12 +485,15 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
             raise ValueError(
                 f"Expected images (N, H, W, C), or points (N, D). Received shape {x.shape}."
             )
+        if self.built and not _fits(x.shape[1:], self.sample_shape):
+            raise ValueError(_wrong_shape(self.sample_shape, x.shape[1:]))
+        _check_targets(y, len(x), integers=self.num_classes is not None)
         finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
         if not finite.all():
             bad = np.flatnonzero(~finite)
             raise ValueError(
                 f"{len(bad)} of {len(x)} examples hold NaN or infinite values, the first of them "
-                f"x[{bad[0]}]. Find and fix them."
+                f"x[{bad[0]}]. Find and fix them. Received {_checks.shown(x)}."
             )
         low, high = float(x.min()), float(x.max())
         images = self._bounded if self._bounded is not None else x.ndim == 4
@@ -490,7 +503,7 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
                 "become that by x / 127.5 - 1; for data without such a range make the model with "
                 "bounded=False."
             )
-        if isinstance(y, np.ndarray) and self.num_classes is not None and y.dtype.kind in "iu":
+        if isinstance(y, np.ndarray) and self.num_classes is not None:
             if len(y) and (y.min() < 0 or y.max() >= self.num_classes):
                 raise ValueError(
                     f"Labels must be integers from 0 to {self.num_classes - 1}, the classes of the "
@@ -507,10 +520,7 @@ class NoiseConditionalModel(_backend.TrainStep, keras.Model):
         if not keras.backend.is_float_dtype(x_0.dtype):
             raise ValueError(_wrong_dtype(x_0.dtype))
         if self.built and tuple(x_0.shape[1:]) != self.sample_shape:
-            raise ValueError(
-                f"The model was built for data of shape {self.sample_shape}. "
-                f"Received {tuple(x_0.shape[1:])}."
-            )
+            raise ValueError(_wrong_shape(self.sample_shape, x_0.shape[1:]))
         if self.num_classes is None:
             label = None
         elif label is None:
@@ -565,10 +575,11 @@ def check_seeds(num: int, seed: int, seeds) -> np.ndarray:
     Raises:
         ValueError: If `num` is not an integer >= 1, or the seeds are not so many integers.
     """
-    if not isinstance(num, int | np.integer) or num < 1:
-        raise ValueError(f"num must be an integer >= 1. Received num={num!r}.")
-    seeds = np.arange(num, dtype=np.int64) + int(seed) if seeds is None else np.asarray(seeds)
-    if seeds.shape != (num,) or seeds.dtype.kind not in "iu":
+    _checks.integer("num", num)
+    if seeds is None:
+        return np.arange(num, dtype=np.int64) + _checks.seed(seed)
+    seeds = _checks.array("seeds", seeds, f"{num} integers", kinds="iu", rank=1)
+    if len(seeds) != num:
         raise ValueError(f"seeds must be {num} integers. Received shape {seeds.shape}.")
     return seeds
 
@@ -589,8 +600,7 @@ def in_batches(run: Callable, rows: Sequence, num: int, batch_size: int, return_
     Raises:
         ValueError: If the batch size is below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1. Received batch_size={batch_size}.")
+    _checks.integer("batch_size", batch_size)
     rows = [ops.convert_to_numpy(row) for row in rows]
     chunks = []
     for first in range(0, num, batch_size):
@@ -612,6 +622,30 @@ def _wrong_dtype(dtype) -> str:
         f"Images must be float in [-1, 1]. Received dtype {dtype}. "
         "Bytes become that by x / 127.5 - 1, or by the pipelines of tfdiffusion.data."
     )
+
+
+def _wrong_shape(built: tuple, received) -> str:
+    return f"The model was built for data of shape {built}. Received {tuple(received)}."
+
+
+def _fits(shape: tuple, built: tuple) -> bool:
+    """Whether data have the shape that a model was built for, of which sides may be unknown."""
+    return len(shape) == len(built) and all(b in (None, s) for s, b in zip(shape, built))
+
+
+def _check_targets(y, num: int, integers: bool) -> None:
+    """Looks at what came beside an array of `num` examples: numbers of so many rows, or labels."""
+    if y is None:
+        return
+    kind = _checks.kind(y)
+    if kind not in "biuf" or tuple(y.shape[:1]) != (num,):
+        raise ValueError(
+            f"y must be an array of {num} labels, one an example. Received {_checks.shown(y)}."
+        )
+    if integers and kind not in "iu":
+        raise ValueError(f"Labels must be integers. Received dtype {_checks.dtype(y)}.")
+    if integers:
+        _one_a_row("labels (integers, not one-hot)", y, "int32")
 
 
 def _with_callback(arguments: dict, callback: keras.callbacks.Callback) -> dict:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from keras import ops
 
+from tfdiffusion import _checks
 from tfdiffusion._backend import rows
-from tfdiffusion.denoiser import Denoiser, NetworkDenoiser
+from tfdiffusion.denoiser import Denoiser, NetworkDenoiser, check, check_labels
 
 
 class ClassifierFreeGuidance(Denoiser):
@@ -23,21 +24,27 @@ class ClassifierFreeGuidance(Denoiser):
         scale: s, a number or float (B,).
 
     Raises:
-        ValueError: If the network was made without `num_classes`.
+        TypeError: If the denoiser is none.
+        ValueError: If the network was made without `num_classes`, the labels are none of its own,
+            or the scale is no finite number.
     """
 
     def __init__(self, denoiser: NetworkDenoiser, label, scale):
-        if denoiser.num_classes is None:
+        if getattr(check(denoiser), "num_classes", None) is None:
             raise ValueError(
-                "Guidance needs a model that was trained with labels; this network has "
+                "Guidance needs a model that was trained with labels. Received one with "
                 "num_classes=None. Make it with num_classes=..., and train on (images, labels)."
             )
+        check_labels(label, denoiser.num_classes)
+        if not _checks.is_symbol(scale):
+            _checks.array("scale", scale, "one number, or one a row")
         self.denoiser, self.label, self.scale = denoiser, label, scale
         self.process, self.latest = denoiser.process, denoiser.latest
         self.variables = denoiser.variables
 
     def __call__(self, x_t, t):
         """x̂_0, guided."""
+        _checks.one_a_row(x_t, t=t, label=self.label, scale=self.scale)
         batch = ops.shape(x_t)[0]
         label = ops.broadcast_to(ops.cast(self.label, "int32"), (batch,))
         labels = ops.concatenate([label, ops.full_like(label, self.denoiser.num_classes)])

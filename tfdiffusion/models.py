@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tfdiffusion import _checks
+
 if TYPE_CHECKING:
     from tfdiffusion.fitting import NoiseConditionalModel
     from tfdiffusion.networks import UNet
@@ -55,7 +57,7 @@ def path(model: str | os.PathLike) -> Path:
     """
     if isinstance(model, str) and model in names():
         return _PRETRAINED / f"{model}.keras"
-    found = Path(model).expanduser()
+    found = _checks.path("model", model).expanduser()
     if found.is_dir():
         return _in_folder(found)
     if not found.is_file():
@@ -78,7 +80,9 @@ def _in_folder(folder: Path) -> Path:
             f"{str(folder)!r} is an exported SavedModel, for tf.saved_model.load and servers. Pass "
             "the .keras file or the run folder that it was made from."
         )
-    raise FileNotFoundError(f"The folder {str(folder)!r} has no {_IN_RUN_FOLDER}.")
+    raise FileNotFoundError(
+        f"Expected a run folder. Received {str(folder)!r}, which has no {_IN_RUN_FOLDER}."
+    )
 
 
 def load(model: str | os.PathLike, compile: bool = False) -> NoiseConditionalModel:
@@ -161,8 +165,8 @@ def unet(
     from tfdiffusion import _names, networks
 
     finest, widths, blocks = _names.look_up("size", size, _SIZES)
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"Expected the shape of an image, (H, W, C). Received {tuple(shape)}.")
+    shape = _image_shape(shape)
+    _check_policy(dtype)
     patch_size, grids = _plan([int(side) for side in shape[:2]], finest, len(widths))
     if max(grids[-1]) > _COARSEST:
         raise ValueError(
@@ -212,8 +216,10 @@ def refinenet(
     from tfdiffusion import _names, score_matching
 
     finest, _, _ = _names.look_up("size", size, _SIZES)
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"Expected the shape of an image, (H, W, C). Received {tuple(shape)}.")
+    from tfdiffusion.score_matching.ladders import check_ladder
+
+    shape, sigmas = _image_shape(shape), check_ladder(sigmas)
+    _check_policy(dtype)
     make = _names.look_up(
         "method",
         method,
@@ -224,6 +230,26 @@ def refinenet(
     )
     patch_size, _ = _plan([int(side) for side in shape[:2]], finest, 2)
     return make(width=32 if size == "small" else 128, patch_size=patch_size, dtype=dtype)
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    shape = _checks.shape(shape)
+    if len(shape) != 3:
+        raise ValueError(f"Expected the shape of an image, (H, W, C). Received {shape}.")
+    return shape
+
+
+def _check_policy(dtype: str | None) -> None:
+    """Raises a ValueError unless Keras knows the dtype policy."""
+    import keras
+
+    try:
+        keras.dtype_policies.get(dtype)
+    except Exception as error:  # of several kinds
+        raise ValueError(
+            "dtype must be a dtype policy of Keras, such as 'float32' or 'mixed_bfloat16'. "
+            f"Received dtype={_checks.shown(dtype)}."
+        ) from error
 
 
 def _plan(sides: list[int], finest: int, levels: int) -> tuple[int, list[list[int]]]:

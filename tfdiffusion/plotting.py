@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tfdiffusion import _checks
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GRID_WIDTH = 720  # pixels that an automatic scale fills at most
 _MAX_SCALE = 16
+_MOST_PIXELS = 10_000  # of columns, paddings and factors: beyond it they are mistakes
 _GIF_BYTES = 5_000_000  # an automatic scale stays below
 _GREY_LEVELS = 16  # of a moving frame; noise has no use for more, and does not compress
 _CUBE_LEVELS = 6  # of each colour channel of a moving frame: 6**3 = 216 of a GIF's 256 colours
@@ -118,11 +121,9 @@ def image_grid(
         )
     n, h, w, c = pixels.shape
     columns = _default_columns(n) if columns is None else columns
-    if columns < 1 or padding < 0 or not 0 <= background <= 255:
-        raise ValueError(
-            f"columns={columns}, padding={padding}, background={background}; expected "
-            "columns >= 1, padding >= 0 and background from 0 to 255."
-        )
+    _checks.integer("columns", columns, 1, _MOST_PIXELS)
+    _checks.integer("padding", padding, 0, _MOST_PIXELS)
+    _checks.integer("background", background, 0, 255)
     rows = math.ceil(n / columns)
     cells = np.full((rows * columns, h + padding, w + padding, c), background, np.uint8)
     cells[:n, padding:, padding:] = pixels
@@ -131,8 +132,7 @@ def image_grid(
     grid = np.pad(grid, ((0, padding), (0, padding), (0, 0)), constant_values=background)
     if scale is None:
         scale = min(max(_GRID_WIDTH // grid.shape[1], 1), _MAX_SCALE)
-    if scale < 1:
-        raise ValueError(f"scale={scale}; expected a whole number from 1 on, or None.")
+    _checks.integer("scale", scale, 1, _MOST_PIXELS)
     grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
     return grid[..., 0] if c == 1 else grid
 
@@ -197,8 +197,7 @@ def show_grid(
     height, width = grid.shape[:2]
     n = len(np.asarray(images))
     rows = math.ceil(n / (columns or _default_columns(n)))
-    if row_labels is not None and len(row_labels) != rows:
-        raise ValueError(f"{len(row_labels)} row_labels for {rows} rows of images.")
+    _check_texts("row_labels", row_labels, rows, "one for each row of images")
     inches = width / 110
     figure, axes = _figure(1, 1, inches + (0.8 if row_labels else 0), inches * height / width + 0.3)
     ax = axes[0]
@@ -252,17 +251,15 @@ def save_path_gif(
         TypeError: on a data type that is neither `uint8` nor float.
     """
     path = _path(path, (".gif",))
-    states = np.asarray(path_states)
-    if states.ndim != 5 or len(states) < 2:
+    states = _array(path_states, "path_states")
+    if states.ndim != 5 or len(states) < 2 or 0 in states.shape:
         raise ValueError(
             f"path_states has shape {states.shape}; expected (S, N, H, W, C) with S >= 2 states, "
             "as sample(..., return_path=True) returns."
         )
-    if frames < 2 or not seconds > 0 or not hold > 0:
-        raise ValueError(
-            f"seconds={seconds}, hold={hold}, frames={frames}; expected both times positive and "
-            "at least 2 frames."
-        )
+    _check_times(seconds, hold, frames)
+    if scale is not None:
+        _checks.integer("scale", scale, 1, _MOST_PIXELS)
     states = _uint8(states, "path_states")
     chosen = _choose_frames(states, frames)
     moving = max(round(seconds * 100 / (len(chosen) - 1)) * 10, _MIN_FRAME_MS)
@@ -281,7 +278,7 @@ def save_path_gif(
 
 def _uint8(images: Any, name: str) -> np.ndarray:
     """Pixels of `uint8` images, or of floats that are clipped to [-1, 1]."""
-    images = np.asarray(images)
+    images = _array(images, name)
     if images.dtype == np.uint8:
         return images
     # numpy does not count bfloat16, a JAX and mixed-precision type, among the floats.
@@ -299,6 +296,52 @@ def _uint8(images: Any, name: str) -> np.ndarray:
             "[0, 255]; expected [-1, 1]. Cast to uint8, or use x / 127.5 - 1."
         )
     return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    """An array of whatever was given."""
+    try:
+        return np.asarray(values)
+    except Exception as error:  # ragged lists, symbols of a graph
+        raise ValueError(f"{name} must be one array. Received {_checks.shown(values)}.") from error
+
+
+def _numbers(values: Any, name: str, rank: int = 1) -> np.ndarray:
+    """float64, NaN and infinities included, with so many axes."""
+    values = _array(values, name)
+    if _checks.kind(values) not in "iuf" or values.ndim != rank:
+        raise ValueError(
+            f"{name} must be numbers with {rank} {'axis' if rank == 1 else 'axes'}. "
+            f"Received {_checks.shown(values)}."
+        )
+    return values.astype("float64")
+
+
+def _check_times(seconds: float, hold: float, frames: int) -> None:
+    """Of a film."""
+    _checks.number("seconds", seconds, "(0, 3600]")
+    _checks.number("hold", hold, "(0, 3600]")
+    _checks.integer("frames", frames, 2, _MOST_PIXELS)
+
+
+def _check_texts(name: str, texts: Any, count: int, wanted: str, optional: bool = True) -> None:
+    """Raises a ValueError unless there are so many texts, or None."""
+    if texts is None and optional:
+        return
+    listed = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+    if not listed or len(texts) != count:
+        raise ValueError(
+            f"{name} must be {count} texts, {wanted}. Received {_checks.shown(texts)}."
+        )
+
+
+def _check_curves(curves: Any, wanted: str) -> None:
+    """Raises unless it is a dictionary from names to pairs."""
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"curves must be a dictionary, {wanted}. Received {_checks.shown(curves)}.")
+    for name, pair in curves.items():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"{name!r} must be a pair, {wanted}. Received {_checks.shown(pair)}.")
 
 
 def _default_columns(n: int) -> int:
@@ -386,15 +429,15 @@ def loss_curve(history: Mapping[str, Sequence[float]], path: str | os.PathLike |
             "fit() returns an object whose attribute .history is one."
         )
     curves = {
-        key: np.asarray(values, "float64").reshape(-1)
+        key: _numbers(values, f"history[{key!r}]")
         for key, values in history.items()
-        if re.fullmatch(r"(val_)?loss|val_loss_.+", key)
+        if isinstance(key, str) and re.fullmatch(r"(val_)?loss|val_loss_.+", key)
     }
     curves = {key: values for key, values in curves.items() if np.isfinite(values).any()}
     if not {"loss", "val_loss"} & set(curves):
         raise ValueError(
-            f"history has the keys {sorted(history)}; expected a finite value in 'loss' or "
-            "'val_loss'."
+            "history must have a finite value in 'loss' or 'val_loss'. Received "
+            f"{sorted(map(str, history))}."
         )
     epochs = max(len(values) for values in curves.values())
     parts = _natural_order(key for key in curves if key.startswith("val_loss_"))
@@ -437,7 +480,7 @@ def schedule_curves(processes: Any, path: str | os.PathLike | None = None) -> Fi
         several = list(processes) if isinstance(processes, list | tuple) else [processes]
         processes = _named(several)
     if not processes:
-        raise ValueError("processes is empty; expected at least one process.")
+        raise ValueError("processes must be at least one process. Received none.")
     for name, process in processes.items():
         for method in ("alpha", "sigma", "log_snr"):
             if not callable(getattr(process, method, None)):
@@ -484,15 +527,16 @@ def bits_by_time(curves: Mapping[str, Any], path: str | os.PathLike | None = Non
     Raises:
         ValueError: if there is no curve, or the edges are not one more than the bits.
     """
+    _check_curves(curves, "{name: bound.by_time()}")
     if not curves:
-        raise ValueError("curves is empty; expected {name: bound.by_time()}.")
+        raise ValueError("curves is empty; expected {name: bound.by_time()}. Received none.")
     figure, axes = _figure(1, 2, 9.6, 3.8)
     positive = []
     for i, (name, (edges, bits)) in enumerate(curves.items()):
-        edges, bits = np.asarray(edges, "float64"), np.asarray(bits, "float64")
-        if edges.ndim != 1 or edges.shape != (bits.size + 1,):
+        edges, bits = _numbers(edges, f"edges of {name!r}"), _numbers(bits, f"bits of {name!r}")
+        if edges.shape != (bits.size + 1,):
             raise ValueError(
-                f"{name!r}: {edges.size} edges for {bits.size} bits; expected one more."
+                f"{name!r}: received {edges.size} edges for {bits.size} bits; expected one more."
             )
         style = {"color": _PALETTE[i % len(_PALETTE)], "label": name}
         density = np.where(bits > 0, bits / np.diff(edges), np.nan)
@@ -524,11 +568,17 @@ def rate_distortion(curves: Mapping[str, Any], path: str | os.PathLike | None = 
     Raises:
         ValueError: if there is no curve.
     """
+    _check_curves(curves, "{name: rate_distortion(bound)}")
     if not curves:
-        raise ValueError("curves is empty; expected {name: rate_distortion(bound)}.")
+        raise ValueError("curves is empty; expected {name: rate_distortion(bound)}. Received none.")
     figure, axes = _figure(1, 1, 5.6, 3.8)
     for i, (name, (rate, distortion)) in enumerate(curves.items()):
-        grey = 127.5 * np.asarray(distortion, "float64")
+        rate, grey = _numbers(rate, "rate"), 127.5 * _numbers(distortion, "distortion")
+        if rate.shape != grey.shape:
+            raise ValueError(
+                f"{name!r}: rate and distortion must be of one length. Received {rate.size} and "
+                f"{grey.size}."
+            )
         axes[0].plot(rate, grey, color=_PALETTE[i % len(_PALETTE)], label=name)
     axes[0].set(
         title="progressive coding",
@@ -561,7 +611,7 @@ def _log_axis(ax: Axes, values: np.ndarray) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     values = values[np.isfinite(values)]
-    if values.min() <= 0 or values.max() < 3 * values.min():
+    if not values.size or values.min() <= 0 or values.max() < 3 * values.min():
         return
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -619,11 +669,14 @@ def scatter_2d(
             raise ValueError("titles come with a dictionary of samples; its keys are the titles.")
         titles, sets = [str(key) for key in samples], list(samples.values())
     else:
-        single = not isinstance(samples, list | tuple) and np.ndim(samples) == 2
-        sets = [samples] if single else list(samples)
+        if not isinstance(samples, list | tuple):
+            samples = _array(samples, "samples")
+            samples = samples if samples.ndim == 3 else [samples]
+        sets = list(samples)
+        _check_texts("titles", titles, len(sets), "one for each set of points")
         titles = [""] * len(sets) if titles is None else list(titles)
-    if not sets or len(titles) != len(sets):
-        raise ValueError(f"{len(titles)} titles for {len(sets)} sets of points.")
+    if not sets:
+        raise ValueError("samples must be at least one set of points. Received none.")
     sets = [_points(points, f"samples[{i}]") for i, points in enumerate(sets)]
     limits = _limits(limits, np.concatenate(sets))
     columns = min(len(sets), 5)
@@ -679,6 +732,7 @@ def field_2d(
     Raises:
         ValueError: on a wrong shape, or on values of the field that are not finite.
     """
+    _check_field("density", density)
     points, limits, places, spacing = _lattice(samples, limits, resolution)
     vectors = _vectors(fn, places)
 
@@ -734,20 +788,17 @@ def save_points_gif(
     """
     path = _path(path, (".gif",))
     panels = states if isinstance(states, Mapping) else {"": states}
-    panels = {str(name): np.asarray(panel, "float64") for name, panel in panels.items()}
+    panels = {str(name): _numbers(panel, "states", rank=3) for name, panel in panels.items()}
     lengths = {len(panel) for panel in panels.values() if panel.ndim == 3}
     if any(panel.ndim != 3 for panel in panels.values()) or len(lengths) != 1 or min(lengths) < 2:
         shapes = ", ".join(str(panel.shape) for panel in panels.values())
         raise ValueError(f"states has shape {shapes}; expected (S, N, 2) with the same S >= 2.")
     (count,) = lengths
-    if frames < 2 or not seconds > 0 or not hold > 0 or trail < 0:
-        raise ValueError(
-            f"seconds={seconds}, hold={hold}, frames={frames}, trail={trail}; expected both times "
-            "positive, at least 2 frames and a trail >= 0."
-        )
-    if titles is not None and len(titles) != count:
-        raise ValueError(f"{len(titles)} titles for {count} states.")
-    flat = [_points(panel.reshape(-1, panel.shape[-1]), "states") for panel in panels.values()]
+    _check_times(seconds, hold, frames)
+    _checks.integer("trail", trail, 0)
+    _check_texts("titles", titles, count, "one for each state")
+    _check_field("density", density)
+    flat = [_points(np.concatenate(panel), "states") for panel in panels.values()]
     limits = _limits(limits, np.concatenate(flat))
     figure, axes = _figure(1, len(panels), 3.5 * len(panels), 3.7, same_axes=True)
     figure.set_dpi(100)
@@ -802,7 +853,15 @@ def _gif_of_pictures(pictures: Sequence[bytes], durations: list[int]) -> bytes:
 def _contours(ax: Axes, density: Callable[[np.ndarray], Any], limits: tuple[float, float]) -> None:
     """A density as grey areas."""
     fine = 128
-    heights = np.asarray(density(_mesh(limits, fine)), "float64").reshape(fine, fine)
+    heights = _array(density(_mesh(limits, fine)), "density")
+    if heights.size != fine**2 or _checks.kind(heights) not in "iuf":
+        raise ValueError(
+            "density must map points (N, 2) to numbers (N,). Received "
+            f"{_checks.shown(heights)} for {fine**2} points."
+        )
+    heights = heights.astype("float64").reshape(fine, fine)
+    if not np.isfinite(heights).any():
+        raise ValueError("density must be finite somewhere. Received NaN or infinities only.")
     line = np.linspace(*limits, fine)
     ax.contourf(line, line, heights, levels=14, cmap="Greys", alpha=0.6)
 
@@ -834,6 +893,7 @@ def compare_fields_2d(
     Raises:
         ValueError: on a wrong shape, or on values of a field that are not finite.
     """
+    _check_texts("titles", titles, 3, "one for each panel", optional=False)
     points, limits, places, spacing = _lattice(samples, limits, resolution)
     true, found = _vectors(exact, places), _vectors(learned, places)
     error = math.sqrt(np.sum((found - true) ** 2) / max(np.sum(true**2), 1e-30))
@@ -872,16 +932,23 @@ def costs(
     Raises:
         ValueError: if the lengths differ or nothing is there to draw.
     """
-    sizes = np.asarray(sizes, "float64")
+    if not isinstance(seconds, Mapping):
+        raise TypeError(
+            f"seconds must be a dictionary, {{name: times}}. Received {_checks.shown(seconds)}."
+        )
+    sizes = _numbers(sizes, "sizes")
+    seconds = {name: _numbers(values, f"times of {name!r}") for name, values in seconds.items()}
     for name, values in seconds.items():
         if len(values) != len(sizes):
-            raise ValueError(f"{name!r} has {len(values)} times for {len(sizes)} sizes.")
+            raise ValueError(f"{name!r}: received {len(values)} times for {len(sizes)} sizes.")
     if not seconds or not len(sizes):
-        raise ValueError("There is nothing to draw: no times or no sizes.")
+        raise ValueError("There is nothing to draw: received no times or no sizes.")
+    if not (sizes > 0).all() or not np.isfinite(sizes).all():
+        raise ValueError(f"sizes must be positive and finite. Received {sizes.tolist()[:5]}.")
     figure, axes = _figure(1, 1, 6.4, 4.2)
     ax = axes[0]
     for i, (name, values) in enumerate(seconds.items()):
-        milliseconds = 1000 * np.asarray(values, "float64")
+        milliseconds = 1000 * values
         colour = _PALETTE[i % len(_PALETTE)]
         ax.plot(sizes, milliseconds, "o-", markersize=3.5, color=colour, label=name)
     ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="milliseconds")
@@ -891,13 +958,26 @@ def costs(
 
 def _vectors(fn: Callable[[np.ndarray], Any], places: np.ndarray) -> np.ndarray:
     """A field's vectors at places, checked."""
-    vectors = np.asarray(fn(places), "float64")
+    _check_field("fn", fn, optional=False)
+    vectors = _numbers(fn(places), "what fn gives", rank=2)
     if vectors.shape != places.shape:
-        raise ValueError(f"fn gave shape {vectors.shape} for points of shape {places.shape}.")
+        raise ValueError(
+            f"fn must give vectors (N, 2) for points {places.shape}. Received {vectors.shape}."
+        )
     if not np.all(np.isfinite(vectors)):
         bad = int(np.sum(~np.isfinite(vectors).all(axis=1)))
-        raise ValueError(f"fn gave NaN or infinite vectors at {bad} of {len(places)} points.")
+        raise ValueError(
+            f"fn must give finite vectors. Received NaN or infinite ones at {bad} of "
+            f"{len(places)} points."
+        )
     return vectors
+
+
+def _check_field(name: str, function: Any, optional: bool = True) -> None:
+    if not (callable(function) or (optional and function is None)):
+        raise TypeError(
+            f"{name} must be a function of points (N, 2). Received {_checks.shown(function)}."
+        )
 
 
 def _arrows(
@@ -921,11 +1001,16 @@ def _arrows(
 
 
 def _points(points: Any, name: str) -> np.ndarray:
-    points = np.asarray(points, "float64")
+    points = _array(points, name)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise ValueError(f"{name} has shape {points.shape}; expected (N, 2) with N > 0.")
+    points = _numbers(points, name, rank=2)
     if not np.all(np.isfinite(points)):
-        raise ValueError(f"{name} holds {int(np.sum(~np.isfinite(points)))} NaN or infinities.")
+        raise ValueError(
+            f"{name} must be finite. Received {int(np.sum(~np.isfinite(points)))} NaN or "
+            "infinities."
+        )
+    _checks.moderate(name, points)
     return points
 
 
@@ -934,9 +1019,10 @@ def _limits(limits: tuple[float, float] | None, points: np.ndarray) -> tuple[flo
     if limits is None:
         margin = 0.05 * np.ptp(points) or 1.0
         return float(points.min() - margin), float(points.max() + margin)
-    low, high = limits
-    if not low < high:
-        raise ValueError(f"limits={limits}; expected (low, high) with low < high.")
+    ends = _numbers(limits, "limits")
+    if len(ends) != 2 or not np.isfinite(ends).all() or not ends[0] < ends[1]:
+        raise ValueError(f"limits={limits}; expected (low, high) with low < high. Received {ends}.")
+    low, high = ends
     return float(low), float(high)
 
 
@@ -1001,7 +1087,7 @@ def _save(figure: Figure, path: str | os.PathLike | None) -> Figure:
 
 
 def _path(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Path:
-    path = Path(path)
+    path = _checks.path("path", path)
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"path={str(path)!r}; expected a name ending in {' or '.join(suffixes)}.")
     return path
@@ -1022,8 +1108,7 @@ def _lattice(samples: Any, limits: Any, resolution: int) -> tuple:
     """(samples as points, limits of both axes, where arrows stand, how far apart they are)."""
     points = None if samples is None else _points(samples, "samples")
     limits = (-2.0, 2.0) if limits is None and points is None else _limits(limits, points)
-    if resolution < 2:
-        raise ValueError(f"resolution={resolution}; expected at least 2 arrows along each axis.")
+    _checks.integer("resolution", resolution, 2, 1000)
     spacing = (limits[1] - limits[0]) / resolution
     return (
         points,

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tfdiffusion import _names
+from tfdiffusion import _checks, _names
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,24 @@ class Prediction:
         return a * sigma - b * alpha
 
     def target(self, x_0, noise, alpha, sigma, sigma_data=1.0):
-        """y = a x_0 + b ε; the coefficients must broadcast against x_0."""
+        """y = a x_0 + b ε; the coefficients must broadcast against x_0.
+
+        Raises:
+            ValueError: If these are no numbers, or x_0 and ε differ in shape.
+        """
+        _checks.alike(x_0=x_0, noise=noise)
+        _checks.real(alpha=alpha, sigma=sigma, sigma_data=sigma_data)
         a, b = self.row(alpha, sigma, sigma_data)
         return a * x_0 + b * noise
 
     def clean(self, y, x_t, alpha, sigma, sigma_data=1.0):
-        """x̂_0 = (σ y − b x_t) / (a σ − b α)."""
+        """x̂_0 = (σ y − b x_t) / (a σ − b α).
+
+        Raises:
+            ValueError: If these are no numbers, or y and x_t differ in shape.
+        """
+        _checks.alike(y=y, x_t=x_t)
+        _checks.real(alpha=alpha, sigma=sigma, sigma_data=sigma_data)
         _, b = self.row(alpha, sigma, sigma_data)
         return (sigma * y - b * x_t) / self.determinant(alpha, sigma, sigma_data)
 

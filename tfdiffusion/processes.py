@@ -28,7 +28,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _names
+from tfdiffusion import _backend, _checks, _names
 
 _register = keras.saving.register_keras_serializable(package="tfdiffusion")
 
@@ -98,8 +98,17 @@ class Process(abc.ABC):
 
         Returns:
             (α x_0, σ): the mean (B, ...), and the standard deviation, shaped to multiply x_0.
+
+        Raises:
+            ValueError: If x_0 is not float, or times that have values leave [0, 1] or are neither
+                one nor B.
         """
+        if not _checks.is_symbol(x_0):
+            _checks.array("x_0", x_0, "floats of shape (B, ...)", kinds="f")
         x_0 = ops.convert_to_tensor(x_0)
+        _check_times(t=t)
+        t = _tensor(t)
+        _checks.one_a_row(x_0, t=t)
         return _backend.rows(self.alpha(t), x_0) * x_0, _backend.rows(self.sigma(t), x_0)
 
     def transition(self, t, s):
@@ -107,7 +116,11 @@ class Process(abc.ABC):
 
         Returns:
             (α_{t|s}, σ²_{t|s}).
+
+        Raises:
+            ValueError: If times that have values are not 0 <= s < t <= 1.
         """
+        t, s = _two_times(t, s)
         alpha_ratio = self.alpha(t) / self.alpha(s)
         return alpha_ratio, -(self.sigma(t) ** 2) * ops.expm1(self.log_snr(t) - self.log_snr(s))
 
@@ -116,7 +129,11 @@ class Process(abc.ABC):
 
         Returns:
             (c_0, c_t, β̃): the mean is c_0 x_0 + c_t x_t, the variance β̃.
+
+        Raises:
+            ValueError: See `transition`.
         """
+        t, s = _two_times(t, s)
         alpha_ratio, variance = self.transition(t, s)
         shrink = (self.sigma(s) / self.sigma(t)) ** 2
         c_0 = -self.alpha(s) * ops.expm1(self.log_snr(t) - self.log_snr(s))
@@ -145,8 +162,43 @@ class Process(abc.ABC):
         return u
 
 
+def _check_times(**times) -> None:
+    """Looks at times that are Python's or NumPy's: from 0 to 1, and the second before the first."""
+    values = [
+        _checks.array(name, t, "times in [0, 1]")
+        for name, t in times.items()
+        if not (ops.is_tensor(t) or _checks.is_symbol(t))
+    ]
+    if any((v < 0.0).any() or (v > 1.0).any() for v in values):
+        raise ValueError(f"Times must lie in [0, 1]. Received {_received(times)}.")
+    if len(values) == 2:
+        try:
+            ordered = (values[1] < values[0]).all()
+        except ValueError:
+            ordered = False
+        if not ordered:
+            raise ValueError(f"s must be earlier than t, elementwise. Received {_received(times)}.")
+
+
+def _two_times(t, s) -> tuple:
+    """t and s as tensors of one dtype, once they are in order."""
+    _check_times(t=t, s=s)
+    t, s = _tensor(t), _tensor(s)
+    if t.dtype == s.dtype:
+        return t, s
+    dtype = keras.backend.result_type(t.dtype, s.dtype)  # of a plain number beside an array
+    return ops.cast(t, dtype), ops.cast(s, dtype)
+
+
+def _received(times: dict) -> str:
+    return ", ".join(f"{name}={_checks.shown(t)}" for name, t in times.items())
+
+
 def _tensor(t):
     """A floating tensor: numbers and integers become float32, other arrays keep their precision."""
+    if isinstance(t, list | tuple):
+        t = _checks.array("Times", t, "numbers")
+    _checks.real(t=t)
     if isinstance(t, float | int):
         t = np.float32(t)
     t = ops.convert_to_tensor(t)
@@ -167,6 +219,7 @@ class VariancePreserving(Process):
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        _checks.numbers(beta_min=beta_min, beta_max=beta_max)
         if not 0.0 < beta_min <= beta_max:
             raise ValueError(
                 f"{type(self).__name__} needs 0 < beta_min <= beta_max. Received beta_min="
@@ -244,6 +297,7 @@ class EDM(Process):
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
         _check_sigmas(type(self).__name__, sigma_min, sigma_max)
+        _checks.numbers(rho=rho)
         if rho <= 0.0:
             raise ValueError(f"EDM needs rho > 0. Received rho={rho}; the usual value is 7.")
         self.sigma_min, self.sigma_max, self.rho = float(sigma_min), float(sigma_max), float(rho)
@@ -263,6 +317,7 @@ class EDM(Process):
 
 
 def _check_sigmas(name: str, sigma_min: float, sigma_max: float) -> None:
+    _checks.numbers(sigma_min=sigma_min, sigma_max=sigma_max)
     if not 0.0 < sigma_min < sigma_max:
         raise ValueError(
             f"{name} needs 0 < sigma_min < sigma_max. "
@@ -301,6 +356,7 @@ class ContinuousCosine(Process):
     """  # noqa: D205
 
     def __init__(self, log_snr_min: float = -15.0, log_snr_max: float = 15.0):
+        _checks.numbers(log_snr_min=log_snr_min, log_snr_max=log_snr_max)
         if not log_snr_min < log_snr_max:
             raise ValueError(
                 "ContinuousCosine needs log_snr_min < log_snr_max. "
@@ -362,7 +418,7 @@ class Tabulated(Process):
             i = int(rising[0]) + 1
             raise ValueError(
                 "The signal-to-noise ratio must fall strictly. It does not from step "
-                f"{i} (log-SNR {log_snr[i - 1]:.6g}) to step {i + 1} ({log_snr[i]:.6g}). "
+                f"{i} to step {i + 1}: received log-SNR {log_snr[i - 1]:.6g} and {log_snr[i]:.6g}. "
                 "Order the table from little noise to much, without repeats."
             )
         self.num_timesteps = len(alphas)
@@ -390,6 +446,7 @@ class Tabulated(Process):
             sigmas: σ_1 < … < σ_T, positive and strictly rising: little noise first, because time
                 runs from data to noise (NCSN's papers count the other way).
         """
+        sigmas = _table("sigmas", sigmas)
         return Tabulated(np.ones(len(sigmas)), sigmas)
 
     @property
@@ -480,8 +537,7 @@ class Interpolated(Process):
                 "Interpolated needs a variance-preserving chain that ends with some signal, such "
                 f"as 'linear' or 'cosine'. Received {type(chain).__name__}."
             )
-        if along not in ("level", "log_level"):
-            raise _names.unknown("way to interpolate", along, ("level", "log_level"))
+        _names.one_of("way to interpolate", along, ("level", "log_level"))
         self.chain, self.along = chain, along
         self._levels = chain._sigmas / chain._alphas  # ρ_0 = 0 to ρ_T
 
@@ -550,12 +606,10 @@ def _is_variance_preserving(process) -> bool:
 
 
 def _table(name: str, values: Sequence[float]) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(
-            f"{name} must be a non-empty vector of finite numbers. Received shape {array.shape}"
-            f"{'' if np.isfinite(array).all() else ' with NaN or infinite values'}."
-        )
+    expected = "a non-empty vector of finite numbers"
+    array = _checks.array(name, values, expected, rank=1).astype("float64")
+    if array.size == 0:
+        raise ValueError(f"{name} must be {expected}. Received shape {array.shape}.")
     return array
 
 
@@ -584,9 +638,7 @@ def _chain(betas: Sequence[float], may_end_at_one: bool = False) -> tuple[np.nda
 
 
 def _check_timesteps(num_timesteps: int) -> int:
-    if not isinstance(num_timesteps, int | np.integer) or num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be an integer >= 1. Received {num_timesteps!r}.")
-    return int(num_timesteps)
+    return _checks.integer("num_timesteps", num_timesteps)
 
 
 class _BetaRange(Tabulated):
@@ -602,6 +654,8 @@ class _BetaRange(Tabulated):
         beta_end: float | None = None,
     ):
         steps = _check_timesteps(num_timesteps)
+        given = {"beta_start": beta_start, "beta_end": beta_end}
+        _checks.numbers(**{name: beta for name, beta in given.items() if beta is not None})
         # A chain of T steps must add as much noise as the published one of 1000.
         self.beta_start = float(
             self._default_start * 1000 / steps if beta_start is None else beta_start
@@ -698,6 +752,7 @@ class Cosine(Tabulated):
 
     def __init__(self, num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999):
         steps = _check_timesteps(num_timesteps)
+        _checks.numbers(max_beta=max_beta, offset=offset)
         if not 0.0 < max_beta < 1.0 or offset < 0.0:
             raise ValueError(
                 "Cosine needs 0 < max_beta < 1 and offset >= 0. "

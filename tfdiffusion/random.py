@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import keras
 import numpy as np
 from keras import ops
 
+from tfdiffusion import _checks
 from tfdiffusion._backend import traced_once
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -72,13 +72,16 @@ def keys(seeds):
         TypeError: If the seeds are not integers.
     """
     if isinstance(seeds, np.ndarray | np.generic) or not hasattr(seeds, "dtype"):
-        array = np.atleast_1d(np.asarray(seeds))
+        try:
+            array = np.atleast_1d(np.asarray(seeds))
+        except ValueError as error:  # ragged
+            raise _not_seeds(seeds) from error
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise _not_seeds(seeds)
         words = array.astype(np.int64).view(np.uint64)
         low, high = words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)
         return ops.convert_to_tensor(np.stack([low, high], -1).astype("uint32"))
-    dtype = keras.backend.standardize_dtype(seeds.dtype)
+    dtype = _checks.dtype(seeds)
     if dtype not in ("int32", "int64") or len(seeds.shape) > 1:
         raise _not_seeds(seeds)
     seeds = ops.reshape(seeds, (-1,))
@@ -90,8 +93,18 @@ def keys(seeds):
 def _not_seeds(seeds) -> TypeError:
     return TypeError(
         f"Seeds must be one integer or a vector of them (tensors: int32 or int64). Received "
-        f"{seeds!r}; pass for example seed=0 or seed=[3, 7]."
+        f"{_checks.shown(seeds)}; pass for example seed=0 or seed=[3, 7]."
     )
+
+
+def check_keys(keys) -> None:
+    """Raises a TypeError unless keys are a uint32 tensor or array (B, 2), as `keys` makes them."""
+    a_key = hasattr(keys, "dtype") and _checks.dtype(keys) == "uint32"
+    if not a_key or len(keys.shape) != 2 or keys.shape[1] != 2:
+        raise TypeError(
+            "Keys must be uint32 of shape (B, 2), as random.keys(seeds) makes them. Received "
+            f"{_checks.shown(keys)}."
+        )
 
 
 def fold_in(keys, data):
@@ -103,7 +116,11 @@ def fold_in(keys, data):
 
     Returns:
         uint32 tensor (B, 2).
+
+    Raises:
+        TypeError: If the keys are none.
     """
+    check_keys(keys)
     data = ops.cast(data, "uint32")
     x_0, x_1 = threefry(keys[:, 0], keys[:, 1], data, ops.full_like(data, _FOLD))
     return ops.stack([x_0, x_1], axis=-1)
@@ -137,8 +154,13 @@ def uniform(keys, shape: Sequence[int] = ()):
 
     Returns:
         float32 tensor (B, *shape).
+
+    Raises:
+        TypeError: If the keys are none.
+        ValueError: If the shape is no tuple of sizes.
     """
-    size = math.prod(shape)
+    check_keys(keys)
+    size = math.prod(shape := _checks.shape(shape))
     words, _ = bits(keys, size)
     return ops.reshape(ops.minimum(_unit(words), 1.0 - 2.0**-24), (-1, *shape))
 
@@ -152,8 +174,13 @@ def normal(keys, shape: Sequence[int] = ()):
 
     Returns:
         float32 tensor (B, *shape), each element N(0, 1) (Box and Muller, 1958).
+
+    Raises:
+        TypeError: If the keys are none.
+        ValueError: If the shape is no tuple of sizes.
     """
-    size = math.prod(shape)
+    check_keys(keys)
+    size = math.prod(shape := _checks.shape(shape))
     count = (size + 1) // 2
     words_0, words_1 = bits(keys, -(-count // _VECTOR) * _VECTOR)
     radius = ops.sqrt(-2.0 * ops.log(_unit(words_0)))

@@ -13,10 +13,9 @@ import math
 from dataclasses import dataclass
 
 import keras
-import numpy as np
 from keras import ops
 
-from tfdiffusion import _grid_search, _names, random
+from tfdiffusion import _checks, _grid_search, _names, processes, random
 from tfdiffusion.processes import Process
 
 #: The earliest time of continuous processes in training (score SDE, arXiv:2011.13456, app. C).
@@ -54,7 +53,12 @@ class TimeDistribution(abc.ABC):
 
         Returns:
             float32 (B,) in [1e-5, latest]; on a chain, multiples of 1/T from 1/T.
+
+        Raises:
+            TypeError: If the keys are none.
+            ValueError: If the process or the latest time is none.
         """
+        process, latest = processes.get(process), _checks.number("latest", latest, "(0, 1]")
         t = self.quantile(self.uniform(keys), process)
         return process.snap(ops.clip(ops.cast(t, "float32"), EARLIEST, latest))
 
@@ -85,13 +89,15 @@ class DiscreteUniform(TimeDistribution):
 
     Args:
         num_timesteps: T >= 1.
+
+    Raises:
+        ValueError: If it is no such integer.
     """
 
     num_timesteps: int = 1000
 
     def __post_init__(self):
-        if self.num_timesteps < 1:
-            raise ValueError(f"num_timesteps must be >= 1. Received {self.num_timesteps}.")
+        _checks.integer("num_timesteps", self.num_timesteps)
 
     def quantile(self, u, process: Process):
         """ceil(u T)/T."""
@@ -159,6 +165,7 @@ class LogNormalSigma(TimeDistribution):
 
 
 def _check_std(distribution) -> None:
+    _checks.numbers(mean=distribution.mean, std=distribution.std)
     if distribution.std <= 0.0:
         name = type(distribution).__name__
         raise ValueError(f"{name} needs std > 0. Received std={distribution.std}.")
@@ -340,8 +347,11 @@ class Timesteps(Grid):
             ("spacing", self.spacing, ("leading", "linspace", "trailing")),
             ("kind of levels", self.levels, (None, "karras", "log")),
         ):
-            if value not in known:
-                raise _names.unknown(name, value, [k for k in known if k])
+            if value is not None or None not in known:
+                _names.one_of(name, value, [k for k in known if k])
+        _checks.integer("offset", self.offset, -_checks.LARGEST)  # its range is looked at below
+        if self.count is not None:
+            _checks.integer("count", self.count, -_checks.LARGEST)
         misplaced = self.spacing == "trailing" and self.count is not None
         if self.offset < 0 or (self.count is not None and self.count < 1) or misplaced:
             raise ValueError(
@@ -402,6 +412,7 @@ class Shifted(Grid):
     shift: float = 1.0
 
     def __post_init__(self):
+        _checks.numbers(last=self.last, shift=self.shift)
         if not 0.0 <= self.last < 1.0 or self.shift <= 0.0:
             raise ValueError(
                 "Shifted needs 0 <= last < 1 and shift > 0. "
@@ -432,6 +443,15 @@ def grid_names() -> list[str]:
     return list(_GRIDS)
 
 
+def get_grid(name: str | Grid):
+    """The function behind the name of a grid; a `Grid` is returned as it is.
+
+    Raises:
+        ValueError: If the name is unknown; the message lists the known ones.
+    """
+    return name if isinstance(name, Grid) else _names.look_up("grid", name, _GRIDS)
+
+
 def grid(
     name: str | Grid, num_steps, process: Process, latest: float = 1.0, dtype: str = "float32"
 ):
@@ -460,8 +480,10 @@ def grid(
     Raises:
         ValueError: If the name is unknown, N < 1, or N exceeds the T of a chain.
     """
-    make = name if isinstance(name, Grid) else _names.look_up("grid", name, _GRIDS)
-    if isinstance(num_steps, int | np.integer):
+    make = get_grid(name)
+    process, latest = processes.get(process), _checks.number("latest", latest, "(0, 1]")
+    _names.one_of("dtype of times", dtype, ("float32", "float64"))
+    if not ops.is_tensor(num_steps):
         check_steps(num_steps, process)
     rank = ops.cast(ops.arange(num_steps), dtype)
     count = ops.cast(num_steps, dtype)
@@ -486,8 +508,7 @@ def _distinct(t, rank, count, process: Process):
 
 def check_steps(num_steps: int, process: Process) -> None:
     """Raises a ValueError unless 1 <= num_steps, and <= T on a chain of T steps."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
-        raise ValueError(f"steps must be an integer >= 1. Received steps={num_steps!r}.")
+    _checks.integer("steps", num_steps)
     if process.num_timesteps is not None and num_steps > process.num_timesteps:
         raise ValueError(
             f"steps={num_steps} exceeds the {process.num_timesteps} noise levels that this model's "

@@ -10,7 +10,7 @@ from keras import ops
 
 from tfdiffusion import (
     _backend,
-    _names,
+    _checks,
     predictions,
     processes,
     random,
@@ -19,12 +19,11 @@ from tfdiffusion import (
     weights,
 )
 from tfdiffusion.denoiser import (
-    Clipped,
     Conditioned,
     Denoiser,
-    DynamicallyThresholded,
     NetworkDenoiser,
     Threshold,
+    get_threshold,
 )
 from tfdiffusion.fitting import (
     NOISE,
@@ -107,8 +106,11 @@ class DiffusionModel(NoiseConditionalModel):
         seed: int = 0,
         **kwargs,
     ):
-        if sigma_data <= 0.0:
-            raise ValueError(f"sigma_data must be positive. Received {sigma_data}.")
+        if sampling is not None and not isinstance(sampling, samplers.Sampling):
+            raise TypeError(
+                "sampling must be a samplers.Sampling(sampler, grid, steps), or None. "
+                f"Received {_checks.shown(sampling)}."
+            )
         told = {"time_input": time_input, "scale_input": scale_input, "sigma_data": sigma_data}
         raw = NetworkDenoiser(network, process, prediction, **told)
         super().__init__(
@@ -127,6 +129,8 @@ class DiffusionModel(NoiseConditionalModel):
 
     def call(self, x_t, t=0.5, label=None):
         """x̂_0 for noisy images at time t, with the averaged weights; see `denoiser`."""
+        if not ops.is_tensor(t) and not _checks.is_symbol(t):
+            t = _checks.array("t", t, "times in [0, 1], one or one a row").astype("float32")
         return self.denoiser()(x_t, t, label)
 
     def get_config(self) -> dict:
@@ -215,15 +219,14 @@ class DiffusionModel(NoiseConditionalModel):
             denoiser = ClassifierFreeGuidance(denoiser, label, guidance)
         elif label is not None:
             denoiser = Conditioned(denoiser, label)
-        threshold = self.sampling.threshold if threshold == "auto" else threshold
-        if threshold == "auto":
-            threshold = "clip" if self.bounded else None
-        if threshold is None:
-            return denoiser
-        if isinstance(threshold, Threshold):
-            return threshold(denoiser)
-        wrappers = {"clip": Clipped, "dynamic": DynamicallyThresholded}
-        return _names.look_up("threshold", threshold, wrappers)(denoiser)
+        return self._threshold(threshold)(denoiser)
+
+    def _threshold(self, threshold):
+        """The function from denoiser to denoiser that "auto" or another threshold stands for."""
+        for own in (self.sampling.threshold, "clip" if self.bounded else None):
+            if isinstance(threshold, str) and threshold == "auto":
+                threshold = own
+        return get_threshold(threshold)
 
     def sample(
         self,
@@ -275,6 +278,7 @@ class DiffusionModel(NoiseConditionalModel):
         sampler = samplers.get(own.sampler if sampler is None else sampler)
         grid, steps = (own.grid if grid is None else grid), (own.steps if steps is None else steps)
         visited = resolve_grid(self.raw, grid, steps, sampler)
+        self._threshold(threshold)
         guided = bool((scales != 1.0).any())
         run = self._compiled_sampler(
             sampler, labels is not None, guided, threshold, ema, return_path, ending(grid)
@@ -323,25 +327,27 @@ class DiffusionModel(NoiseConditionalModel):
         if label is None:
             if (scales != 1.0).any():
                 raise ValueError(
-                    f"guidance={guidance} needs a label to guide towards. Pass label=..."
+                    f"guidance={_checks.shown(guidance)} needs a label to guide towards. "
+                    "Pass label=..."
                 )
             return seeds, None, scales
         if self.num_classes is None:
             raise ValueError(
-                f"label={label!r} was asked of an unconditional model. Train one with a network "
-                "made with num_classes=..., or leave label out."
+                f"label={_checks.shown(label)} was asked of an unconditional model. Train one with "
+                "a network made with num_classes=..., or leave label out."
             )
         labels = _for_each_row("label", label, num)
         if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(
-                f"label must be integers from 0 to {self.num_classes - 1}. Received {label!r}."
+                f"label must be integers from 0 to {self.num_classes - 1}. "
+                f"Received {_checks.shown(label)}."
             )
         return seeds, labels, scales
 
 
 def _for_each_row(name: str, value, num: int) -> np.ndarray:
     """A value for all rows, or one for each, as (num,)."""
-    values = np.asarray(value)
+    values = _checks.array(name, value, f"one number or {num}, one a row")
     if values.shape not in ((), (num,)):
         raise ValueError(
             f"{name} must be one number or {num}, one a row. Received shape {values.shape}."

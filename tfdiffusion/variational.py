@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _names, random
+from tfdiffusion import _checks, _names, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import NetworkDenoiser
 from tfdiffusion.fitting import NOISE
@@ -29,6 +29,7 @@ _register = keras.saving.register_keras_serializable(package="tfdiffusion")
 
 _DECODER = 3  # stream of a training key, as `NOISE` is
 _BITS = 1.0 / math.log(2.0)
+_MOST_FREQUENT = 23  # a float32 of size 1 has so many bits behind the point
 
 
 def _mean(values):
@@ -142,8 +143,8 @@ class LearnedVarianceModel(DiffusionModel):
         levels: int | None = 256,
         **kwargs,
     ):
-        if objective not in ("hybrid", "vlb"):
-            raise _names.unknown("objective", objective, ("hybrid", "vlb"))
+        _names.one_of("objective", objective, ("hybrid", "vlb"))
+        _checks.number("vlb_weight", vlb_weight, "[0, inf)")
         super().__init__(network, process, prediction, **kwargs)
         self.raw = LearnedVarianceDenoiser(
             network,
@@ -408,6 +409,7 @@ class VariationalDiffusionModel(DiffusionModel):
         times: str = "stratified",
         **kwargs,
     ):
+        _checks.numbers(gamma_min=gamma_min, gamma_max=gamma_max)
         if not gamma_min < gamma_max:
             raise ValueError(
                 "VariationalDiffusionModel needs gamma_min < gamma_max. "
@@ -496,13 +498,26 @@ class WithFourierFeatures(keras.layers.Layer):
         **kwargs: as in `keras.layers.Layer`.
 
     Raises:
-        ValueError: When it is built, if the network does not give back the channels of the data.
+        TypeError: If the network is none.
+        ValueError: If the frequencies are no integers. When it is built, if the network does not
+            give back the channels of the data.
     """
 
     def __init__(self, network, frequencies: Sequence[int] = (7, 8), **kwargs):
         # What the layer does is for float32; the network has a policy of its own.
         super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
-        self.network, self.frequencies = network, tuple(int(n) for n in frequencies)
+        if not isinstance(network, keras.Layer):
+            raise TypeError(
+                f"network must be a Keras layer or model. Received {_checks.shown(network)}."
+            )
+        wanted = "integers n, of sin and cos of 2^n pi x"
+        frequencies = _checks.array("frequencies", frequencies, wanted, kinds="iu", rank=1)
+        if frequencies.size and np.abs(frequencies).max() > _MOST_FREQUENT:
+            raise ValueError(
+                f"frequencies must lie in [-{_MOST_FREQUENT}, {_MOST_FREQUENT}], beyond which "
+                f"float32 knows no phase. Received {frequencies.tolist()}."
+            )
+        self.network, self.frequencies = network, tuple(frequencies.tolist())
 
     @property
     def num_classes(self) -> int | None:

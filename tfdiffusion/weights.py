@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import keras
 from keras import ops
 
-from tfdiffusion import _names
+from tfdiffusion import _checks, _names
 from tfdiffusion.processes import Process
 
 _register = keras.saving.register_keras_serializable(package="tfdiffusion")
@@ -54,9 +54,15 @@ class MinSNR(Weight):
 
     Args:
         gamma: γ > 0.
+
+    Raises:
+        ValueError: If it is not.
     """
 
     gamma: float = 5.0
+
+    def __post_init__(self):
+        _checks.number("gamma", self.gamma, "(0, inf)")
 
     def __call__(self, process: Process, t):
         """Cut at γ."""
@@ -71,10 +77,17 @@ class P2(Weight):
     Args:
         gamma: γ >= 0; 0 is the plain noise-prediction loss.
         k: keeps the weight finite, positive.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     gamma: float = 1.0
     k: float = 1.0
+
+    def __post_init__(self):
+        _checks.number("gamma", self.gamma, "[0, inf)")
+        _checks.number("k", self.k, "(0, inf)")
 
     def __call__(self, process: Process, t):
         """The noise-prediction weight, damped."""
@@ -89,9 +102,15 @@ class Sigmoid(Weight):
 
     Args:
         bias: the log-SNR at which the noise-prediction weight has fallen to a half.
+
+    Raises:
+        ValueError: If it is no finite number.
     """
 
     bias: float = 0.0
+
+    def __post_init__(self):
+        _checks.number("bias", self.bias)
 
     def __call__(self, process: Process, t):
         """The noise-prediction weight, faded out at high SNR."""
@@ -133,8 +152,8 @@ def get(weight: str | Weight | None) -> Weight | None:
     Raises:
         ValueError: If the name is unknown; the message lists the known ones.
     """
-    if weight is None or weight == "constant":
-        return None
     if isinstance(weight, Weight):
         return weight
+    if weight is None or (isinstance(weight, str) and weight == "constant"):
+        return None
     return _names.look_up("weight", weight, {"constant": None, **_WEIGHTS})()

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tfdiffusion import _checks
 from tfdiffusion.convert import files, schedulers, unet
 from tfdiffusion.networks import UNet2D
 from tfdiffusion.training import DiffusionModel
@@ -59,6 +60,13 @@ def from_diffusers(
         >>> model = tfd.convert.from_diffusers("google/ddpm-cifar10-32")
         >>> images = model.sample(16, seed=0)  # (16, 32, 32, 3) in [-1, 1]
     """
+    if image_size is not None:
+        sides = image_size if isinstance(image_size, tuple | list) else (image_size,) * 2
+        image_size = _checks.shape(sides, "image_size")
+        if len(image_size) != 2:
+            raise ValueError(
+                f"image_size must be a side, or (height, width). Received {image_size}."
+            )
     parts = _Parts.of(files.locate(path))
     config = files.read_json(parts.unet / _CONFIG)
     size = _size(config, image_size)
@@ -177,15 +185,15 @@ def to_diffusers(
         FileExistsError: If the folder is there, and is not to be, or not a pipeline's.
         OSError: If it cannot be written.
     """
+    folder = _checks.path("folder", folder)
     if type(model) is not DiffusionModel:
         raise TypeError(f"Only a DiffusionModel can be written. Received a {type(model).__name__}.")
     if model.sample_shape is None:
         raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")
     if len(model.sample_shape) != 3:
         raise ValueError(
-            f"Only a model of images can be written. This one is of shape {model.sample_shape}."
+            f"Only a model of images can be written. Received one of shape {model.sample_shape}."
         )
-    folder = Path(folder)
     _check_free(folder, overwrite)
     height, width = model.sample_shape[:2]
     scheduler = schedulers.write(model)

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from tfdiffusion import _checks
+
 Tensors = Mapping[str, np.ndarray]
 
 NAME = "diffusion_pytorch_model"
@@ -246,7 +248,7 @@ def locate(path: str | os.PathLike) -> Path:
         ImportError: If it is a name, and `huggingface_hub` is not installed.
         OSError: If the hub cannot be reached, or has no such repository.
     """
-    folder = Path(path).expanduser()
+    folder = _checks.path("path", path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():

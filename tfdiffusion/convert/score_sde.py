@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tfdiffusion import _names, processes, samplers, times
+from tfdiffusion import _checks, _names, processes, samplers, times
 from tfdiffusion.convert import files
 from tfdiffusion.convert.unet import Slot, assign, conv, dense, norm, present, residual_block
 from tfdiffusion.networks import Level, UNet2D
@@ -116,9 +116,9 @@ def from_score_sde(
         >>> name = "ve/cifar10_ncsnpp_continuous"
         >>> model = tfd.convert.from_score_sde("checkpoint_24.pth", name)
     """
-    settings = _settings(config)
+    path, settings = _checks.path("path", path), _settings(config)
     size, channels = settings["image_size"], settings["num_channels"]
-    tensors = _read(Path(path), average)
+    tensors = _read(path, average)
     network = UNet2D(**_arguments(settings))
     network.build({"x": (None, size, size, channels), "time": (None,)})
     assign(list(slots(network)), tensors, str(path))
@@ -128,7 +128,7 @@ def from_score_sde(
 
 
 def _settings(config: str | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(config, str):
+    if not isinstance(config, Mapping):
         config = _names.look_up("configuration of score_sde", config, CONFIGURATIONS)
     for key in config:
         _names.look_up("setting of score_sde", key, _DEFAULTS)
@@ -144,7 +144,8 @@ def _settings(config: str | Mapping[str, Any]) -> dict[str, Any]:
     if settings["sde"] == "vesde" and not (settings["continuous"] and settings["scale_by_sigma"]):
         raise ValueError(
             "sde='vesde' needs continuous=True and scale_by_sigma=True: networks that are told the "
-            "number of a level cannot be converted."
+            "number of a level cannot be converted. Received "
+            f"continuous={settings['continuous']}, scale_by_sigma={settings['scale_by_sigma']}."
         )
     if settings["progressive_input"] != "none" and not settings["fir"]:
         raise ValueError("progressive_input='residual' needs fir=True.")

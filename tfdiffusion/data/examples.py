@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from tfdiffusion import _checks
 from tfdiffusion.data.pixels import to_float
 
 if TYPE_CHECKING:
@@ -37,9 +38,7 @@ def import_tensorflow() -> Any:
 
 def positive(name: str, value: Any) -> int:
     """Return a positive integer argument, or raise a ValueError that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    return int(value)
+    return _checks.integer(name, value)
 
 
 def fits_in_memory(num: int, shape: tuple[int, ...]) -> bool:
@@ -103,8 +102,12 @@ class Examples:
             ValueError: If there would be none left on one side.
         """
         total = self.num_examples
-        if not 0 < num < total:
-            raise ValueError(f"Cannot set {num} of {total} examples aside.")
+        _checks.integer("seed", seed, 0)
+        if not _checks.is_integer(num) or not 0 < num < total:
+            raise ValueError(
+                f"num must be an integer from 1 to {total - 1}: there are {total} examples, and "
+                f"some must be left on both sides. Received num={_checks.shown(num)}."
+            )
         if self._stream is not None:
             parts = [{"_stream": s} for s in (self._stream.skip(num), self._stream.take(num))]
         else:
@@ -169,8 +172,9 @@ class Examples:
             raise ValueError(
                 f"flip needs images; {self.name!r} has examples of shape {self.shape}."
             )
-        if from_step is not None and not callable(from_step) and from_step < 0:
-            raise ValueError(f"from_step must be at least 0, got {from_step}.")
+        _checks.seed(seed)
+        if from_step is not None and not callable(from_step):
+            _checks.integer("from_step", from_step, 0, _checks.SEEDS[1])
         if drop_remainder and self.num_examples < batch_size:
             raise ValueError(
                 f"drop_remainder leaves no batch: batch_size={batch_size}, and {self.name!r} has "

@@ -6,23 +6,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tfdiffusion import _checks
+
 if TYPE_CHECKING:
     from PIL import Image
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
-    """Map uint8 images, 0..255, to float32 in [-1, 1]."""
-    return np.asarray(images).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    """Map uint8 images, 0..255, to float32 in [-1, 1].
+
+    Raises:
+        ValueError: If they are of another dtype.
+    """
+    images = _checks.array("images", images, "uint8, from 0 to 255", kinds="u")
+    if images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8, from 0 to 255. Received dtype {images.dtype}.")
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Map images in [-1, 1] to the nearest of the uint8 levels; values outside are clipped.
 
     Raises:
-        ValueError: If a value is NaN or infinite.
+        ValueError: If they are no floats, or a value is NaN or infinite.
     """
-    images = np.asarray(images, dtype=np.float32)
-    check_finite(images, "images")
+    if isinstance(images, np.ndarray) and images.dtype.kind == "f":
+        check_finite(images, "images")
+    images = _checks.array("images", images, "floats in [-1, 1]", kinds="f")
     return np.rint((np.clip(images, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tfdiffusion import _checks
 from tfdiffusion.data.examples import Examples, positive
 from tfdiffusion.data.folders import read_folder
 from tfdiffusion.data.pixels import check_finite, convert_channels, square
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = ("digits", *TOYS)
 TOY_POINTS = 10_000
+MOST_CLASSES = 1_000_000  # each has a name
 
 
 def load(
@@ -113,10 +115,15 @@ def read(
         ImportError: If a package that the source needs is not installed.
     """
     image_size = None if image_size is None else positive("image_size", image_size)
-    if channels not in (None, 1, 3):
+    if channels is not None and not (_checks.is_integer(channels) and channels in (1, 3)):
         raise ValueError(
-            f"channels must be 1 (grey), 3 (colour) or None (as stored), got {channels}."
+            "channels must be 1 (grey), 3 (colour) or None (as stored), got "
+            f"{_checks.shown(channels)}."
         )
+    if not isinstance(split, str):
+        raise ValueError(f"split must be a name such as 'train', got {_checks.shown(split)}.")
+    if data_dir is not None:
+        _checks.path("data_dir", data_dir)
     kind = _kind(source)
     if kind != "tfds" and split != "train":
         raise ValueError(f"There is no split {split!r}: this source ({kind}) has only 'train'.")
@@ -180,7 +187,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 def _read_arrays(
     name: str, images: Any, label: Any, image_size: int | None, channels: int | None
 ) -> Examples:
-    images = _check_images(np.asarray(images))
+    images = _check_images(_array("images", images))
     if images.ndim == 2 and (image_size or channels):
         raise ValueError(f"image_size and channels are for images; {name!r} has points (N, D).")
     if images.ndim == 4:
@@ -191,9 +198,19 @@ def _read_arrays(
             images = np.clip(images, -1, 1)  # Lanczos overshoots at edges
     class_names = None
     if label is not None:
-        label = _check_labels(np.asarray(label), len(images))
+        label = _check_labels(_array("labels", label), len(images))
         class_names = tuple(str(i) for i in range(label.max() + 1))
     return Examples(name, len(images), images.shape[1:], class_names, (), images, label)
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    """Return an array, of whatever dtype and shape."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # ragged
+        raise ValueError(
+            f"Expected {name} as one array, all of one shape; got {_checks.shown(values)}."
+        ) from error
 
 
 def _check_images(images: np.ndarray) -> np.ndarray:
@@ -213,9 +230,10 @@ def _check_images(images: np.ndarray) -> np.ndarray:
             f"{images.dtype}. If they are images in 0..255, pass images.astype('uint8')."
         )
     check_finite(images, "examples")
-    images = images.astype(np.float32)
     if images.ndim == 2:
-        return images
+        _checks.moderate("points", images)
+        return images.astype(np.float32)
+    images = images.astype(np.float32)
     low, high = float(images.min()), float(images.max())
     if low < -1.001 or high > 1.001:  # room for the rounding of whoever scaled them
         raise ValueError(
@@ -238,6 +256,11 @@ def _check_labels(label: np.ndarray, num: int) -> np.ndarray:
         raise ValueError(f"Expected one label per example, shape ({num},), got {label.shape}.")
     if not np.issubdtype(label.dtype, np.integer):
         raise ValueError(f"Labels must be integers, got {label.dtype}.")
+    if label.max() >= MOST_CLASSES:
+        raise ValueError(
+            f"Labels must be numbers of classes, fewer than {MOST_CLASSES:,}, got {label.max()} at "
+            f"index {label.argmax()}."
+        )
     if label.min() < 0:
         raise ValueError(f"Labels must be at least 0, got {label.min()} at index {label.argmin()}.")
     return label.astype(np.int32)

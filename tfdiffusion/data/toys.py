@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfdiffusion import _checks, _names
+
 NOISE = 0.05
 
 
@@ -33,11 +35,10 @@ def toy(
     Raises:
         ValueError: If the name is unknown, ``num`` is not positive, or the toy has no labels.
     """
-    if name not in TOYS:
-        raise ValueError(f"Unknown toy {name!r}. Known: {', '.join(TOYS)}.")
-    if num < 1:
-        raise ValueError(f"num must be at least 1, got {num}.")
-    points, labels = TOYS[name](np.random.default_rng(seed), num)
+    draw = _names.look_up("toy", name, TOYS)
+    _checks.integer("num", num)
+    _checks.integer("seed", seed, 0)
+    points, labels = draw(np.random.default_rng(seed), num)
     if return_labels and labels is None:
         raise ValueError(f"{name!r} has no labels; moons, circles and gaussian_mixture have.")
     points = points.astype(np.float32)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfdiffusion import _checks
+
 
 def frechet_distance(features_a, features_b) -> float:
     """Squared Fréchet distance between two sets of feature vectors.
@@ -45,13 +47,18 @@ def frechet_distance_from_moments(mean_a, covariance_a, mean_b, covariance_b) ->
         The distance, >= 0.
 
     Raises:
-        ValueError: If the shapes do not agree.
+        ValueError: If the shapes do not agree, or a number is not finite.
     """
-    mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
-    covariance_a = np.asarray(covariance_a, np.float64)
-    covariance_b = np.asarray(covariance_b, np.float64)
-    square = (len(mean_a), len(mean_a))
-    if mean_a.shape != mean_b.shape or {covariance_a.shape, covariance_b.shape} != {square}:
+    mean_a, mean_b = _floats("mean_a", mean_a), _floats("mean_b", mean_b)
+    covariance_a = _floats("covariance_a", covariance_a)
+    covariance_b = _floats("covariance_b", covariance_b)
+    square = (mean_a.size, mean_a.size)
+    if (
+        mean_a.ndim != 1
+        or not mean_a.size
+        or mean_a.shape != mean_b.shape
+        or {covariance_a.shape, covariance_b.shape} != {square}
+    ):
         raise ValueError(
             f"Means must have shape (D,) and covariances (D, D). Received {mean_a.shape}, "
             f"{covariance_a.shape} and {mean_b.shape}, {covariance_b.shape}."
@@ -69,9 +76,15 @@ def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
+def _floats(name: str, values) -> np.ndarray:
+    values = _checks.array(name, values, "numbers")
+    _checks.moderate(name, values)
+    return values.astype(np.float64)
+
+
 def _moments(name: str, features) -> tuple[np.ndarray, np.ndarray]:
-    features = np.asarray(features, dtype=np.float64)
-    if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
+    features = _floats(f"features_{name}", features)
+    if features.ndim != 2 or len(features) < 2 or not features.size:
         raise ValueError(
             f"features_{name} must be a finite matrix (N, D) with N >= 2. "
             f"Received shape {features.shape}."

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import keras
 import numpy as np
 
+from tfdiffusion import _checks
 from tfdiffusion.evaluation.frechet import frechet_distance
 
 _FEATURES = "features"
@@ -26,7 +27,13 @@ def build_judge(shape: tuple[int, int, int], num_classes: int) -> keras.Model:
 
     Returns:
         A compiled Keras model, images → class probabilities.
+
+    Raises:
+        ValueError: If the shape is not that of an image, or the number no integer >= 1.
     """
+    shape, num_classes = _checks.shape(shape), _checks.integer("num_classes", num_classes)
+    if len(shape) != 3:
+        raise ValueError(f"Expected the shape of an image, (H, W, C). Received {shape}.")
     layers = keras.layers
     model = keras.Sequential([keras.Input(shape)], name="judge")
     for width, last in ((32, False), (64, False), (128, True)):
@@ -66,9 +73,15 @@ def train_judge(
 
     Returns:
         The trained classifier; save it like any Keras model.
+
+    Raises:
+        ValueError: If images or labels are not as described, or a number is out of range.
     """
-    keras.utils.set_random_seed(seed)
-    images, labels = np.asarray(images, np.float32), np.asarray(labels)
+    images = _images(images)
+    labels = _labels("labels", labels, len(images))
+    _checks.integer("epochs", epochs)
+    _checks.integer("batch_size", batch_size)
+    keras.utils.set_random_seed(_checks.integer("seed", seed, 0, 2**32 - 1))
     judge = build_judge(images.shape[1:], int(labels.max()) + 1)
     steps = epochs * -(-len(images) // batch_size)
     judge.optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(2e-3, steps)
@@ -84,14 +97,49 @@ def train_judge(
 
 
 def features(judge: keras.Model, images, batch_size: int = 256) -> np.ndarray:
-    """What the judge sees in images: float32 (N, 128)."""
+    """What the judge sees in images: float32 (N, 128).
+
+    Raises:
+        TypeError: If the judge is none.
+        ValueError: If the images are not those that it takes, or the batch size is none.
+    """
     return _look(judge, images, batch_size)[0]
+
+
+def _images(images) -> np.ndarray:
+    """Finite float32 (N, H, W, C), N > 0."""
+    images = _checks.array("images", images, "floats (N, H, W, C) in [-1, 1]", kinds="f", rank=4)
+    if not images.size:
+        raise ValueError(f"images must be at least one. Received shape {images.shape}.")
+    _checks.moderate("images", images)
+    return images.astype(np.float32)
+
+
+def _labels(name: str, labels, num: int) -> np.ndarray:
+    """Integers >= 0 (N,)."""
+    labels = _checks.array(name, labels, f"{num} integers >= 0", kinds="iu")
+    if labels.shape != (num,) or labels.min() < 0:
+        raise ValueError(
+            f"{name} must be one a sample: shape ({num},), from 0 on. Received {labels.shape}."
+        )
+    return labels
 
 
 def _look(judge: keras.Model, images, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, 128) and class probabilities (N, num_classes), in one pass."""
+    if not isinstance(judge, keras.Model) or _FEATURES not in [
+        layer.name for layer in judge.layers
+    ]:
+        raise TypeError(
+            f"judge must be a Keras model with a layer {_FEATURES!r}, as train_judge gives it. "
+            f"Received {_checks.shown(judge)}."
+        )
+    images, takes = _images(images), tuple(judge.inputs[0].shape[1:])
+    if any(wants not in (None, has) for wants, has in zip(takes, images.shape[1:])):
+        raise ValueError(f"The judge takes images of {takes}. Received {images.shape[1:]}.")
+    _checks.integer("batch_size", batch_size)
     both = keras.Model(judge.inputs, [judge.get_layer(_FEATURES).output, judge.outputs[0]])
-    return tuple(both.predict(np.asarray(images, np.float32), batch_size=batch_size, verbose=0))
+    return tuple(both.predict(images, batch_size=batch_size, verbose=0))
 
 
 @dataclass(frozen=True)
@@ -132,13 +180,11 @@ def judge_samples(judge: keras.Model, samples, labels=None, references=None) -> 
         A `Verdict`.
 
     Raises:
-        ValueError: If the labels are not one a sample.
+        TypeError: If the judge is none.
+        ValueError: If the labels are not one a sample, or images not those that the judge takes.
     """
-    samples = np.asarray(samples, np.float32)
-    if labels is not None and np.shape(labels) != (len(samples),):
-        raise ValueError(
-            f"labels must be one a sample: shape ({len(samples)},). Received {np.shape(labels)}."
-        )
+    samples = _images(samples)
+    labels = None if labels is None else _labels("labels", labels, len(samples))
     seen, probabilities = _look(judge, samples)
     found = probabilities.argmax(axis=-1)
     distance, count = None, 0
@@ -148,7 +194,7 @@ def judge_samples(judge: keras.Model, samples, labels=None, references=None) -> 
     return Verdict(
         num_samples=len(samples),
         confidence=float(probabilities.max(axis=-1).mean()),
-        accuracy=None if labels is None else float(np.mean(found == np.asarray(labels))),
+        accuracy=None if labels is None else float(np.mean(found == labels)),
         class_shares=tuple(
             (np.bincount(found, minlength=probabilities.shape[-1]) / len(samples)).tolist()
         ),

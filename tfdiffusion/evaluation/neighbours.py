@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfdiffusion import _checks
+
 
 def nearest_neighbours(samples, references, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest references of each sample in pixel space.
@@ -19,7 +21,8 @@ def nearest_neighbours(samples, references, k: int = 1) -> tuple[np.ndarray, np.
     Raises:
         ValueError: If the shapes differ or k is out of range.
     """
-    samples, references = np.asarray(samples, np.float32), np.asarray(references, np.float32)
+    samples, references = _rows("samples", samples), _rows("references", references)
+    _checks.integer("k", k, -_checks.LARGEST)  # its range is looked at below
     if samples.shape[1:] != references.shape[1:] or not 1 <= k <= len(references):
         raise ValueError(
             f"Samples and references must have one shape, and 1 <= k <= {len(references)}. "
@@ -37,3 +40,12 @@ def nearest_neighbours(samples, references, k: int = 1) -> tuple[np.ndarray, np.
         indices.append(np.take_along_axis(nearest, order, axis=1))
         distances.append(np.take_along_axis(distance, order, axis=1))
     return np.concatenate(indices), np.concatenate(distances)
+
+
+def _rows(name: str, values) -> np.ndarray:
+    """Finite float32 (N, ...), N > 0."""
+    values = _checks.array(name, values, "numbers of shape (N, ...)")
+    if values.ndim < 2 or not values.size:
+        raise ValueError(f"{name} must have shape (N, ...), none 0. Received {values.shape}.")
+    _checks.moderate(name, values)
+    return values.astype(np.float32)

@@ -18,6 +18,7 @@ schedule (VDM, arXiv:2107.00630, eq. 17): ½ ∫ E‖ε − ε̂‖² dλ.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,11 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _names, random
+from tfdiffusion import _backend, _checks, _names, random
 from tfdiffusion._backend import rows
-from tfdiffusion.denoiser import Denoiser
+from tfdiffusion.denoiser import Denoiser, check_labels
 from tfdiffusion.likelihood import levels
-from tfdiffusion.likelihood.pixels import Pixels, as_float
+from tfdiffusion.likelihood.pixels import Pixels, as_float, check_pixels
 from tfdiffusion.processes import Process
 from tfdiffusion.times import check_steps, grid
 
@@ -79,7 +80,11 @@ class Bound:
 
         Returns:
             edges (bins + 1,), bits (bins,), which sum to the mean of the steps.
+
+        Raises:
+            ValueError: If the number of bins is no integer >= 1.
         """
+        _checks.integer("bins", bins)
         weights = self.steps / len(self.steps)
         bits, edges = np.histogram(self.times, bins, range=(0.0, 1.0 + 1e-9), weights=weights)
         return edges, bits
@@ -143,6 +148,7 @@ def bound(
     """
     denoiser = levels.of(model)
     variance = _check_variance(denoiser, variance)
+    check_pixels(pixels)
     x_0 = as_float(x_0, "of points") if pixels is None else pixels.check(x_0)
     times = _latents(denoiser, steps)
     total = len(times) - 1
@@ -160,9 +166,11 @@ def bound(
         return _mean(prior_term(denoiser, x_0)), _mean(nats), _mean(error)
 
     step, last = (_backend.compiled(f, denoiser.variables) for f in (step, last))
-    chosen = _choose(total, count, len(x_0), seed)  # (N, K), which step an image evaluates
+    chosen = _choose(
+        total, count, len(x_0), _checks.seed(seed)
+    )  # (N, K), which step an image evaluates
     parts = []
-    for rows_, x, keys, label_ in _batches(x_0, label, seed, batch_size):
+    for rows_, x, keys, label_ in _batches(denoiser, x_0, label, seed, batch_size):
         terms = []
         for k in range(count):
             index = chosen[rows_, k]
@@ -228,6 +236,7 @@ def continuous_bound(
     """
     denoiser = levels.continuous(levels.of(model))
     process = denoiser.process
+    check_pixels(pixels)
     x_0 = as_float(x_0, "of points") if pixels is None else pixels.check(x_0)
     count = _at_least_one(evaluations)
     high, low = levels.log_snr_ends(denoiser)
@@ -245,10 +254,10 @@ def continuous_bound(
         return _mean(prior_at(x_0, low)), _mean(nats)
 
     step, ends = (_backend.compiled(f, denoiser.variables) for f in (step, ends))
-    offsets = _uniform(len(x_0), seed)
+    offsets = _uniform(len(x_0), _checks.seed(seed))
     log_snr = high - (high - low) * (np.arange(count) + offsets[:, None]) / count  # (N, K)
     parts = []
-    for rows_, x, keys, label_ in _batches(x_0, label, seed, batch_size):
+    for rows_, x, keys, label_ in _batches(denoiser, x_0, label, seed, batch_size):
         terms = [
             step(x, random.fold_in(keys, 3 + k), _tensor(log_snr[rows_, k]), *label_)
             for k in range(count)
@@ -434,8 +443,13 @@ def rate_distortion(bound: Bound) -> tuple[np.ndarray, np.ndarray]:
         distortion: root mean square of x̂_0(x_t) − x_0 in units of the data, (K + 1,).
 
     Raises:
+        TypeError: If it is no bound.
         ValueError: If not all steps were evaluated.
     """
+    if not isinstance(bound, Bound):
+        raise TypeError(
+            f"Expected what likelihood.bound() returns. Received {_checks.shown(bound)}."
+        )
     if not bound.complete:
         raise ValueError(
             "Progressive coding needs the bound of every step: leave out evaluations=..., and use "
@@ -467,8 +481,11 @@ def progressive_decoding(model, x_0, times: Sequence[float], label=None, *, seed
     denoiser = levels.of(model)
     process = denoiser.process
     x_0 = ops.convert_to_tensor(as_float(x_0, "as the model was trained on").astype("float32"))
+    times = _checks.array("times", times, "a vector of falling numbers in (0, 1]", rank=1)
     if not len(times) or (np.diff(times) >= 0).any() or times[-1] <= 0 or times[0] > 1:
-        raise ValueError(f"times must fall strictly within (0, 1]. Received {list(times)}.")
+        raise ValueError(f"times must fall strictly within (0, 1]. Received {times.tolist()}.")
+    label = _checked_label(denoiser, label, x_0.shape[0])
+    _checks.seed(seed)
     keys = random.fold_in(random.keys(seed), np.arange(x_0.shape[0]))
     label_ = () if label is None else (ops.convert_to_tensor(label, "int32"),)
     clean = _backend.compiled(lambda x, t, *y: _clean(denoiser, x, t, *y), denoiser.variables)
@@ -495,8 +512,7 @@ def _check_variance(denoiser: Denoiser, variance):
         return "learned" if learned else "posterior"
     if callable(variance):
         return variance
-    if variance not in VARIANCES:
-        raise _names.unknown("variance", variance, VARIANCES)
+    _names.one_of("variance", variance, VARIANCES)
     if variance == "learned" and not learned:
         Denoiser.reverse(denoiser, None, None, None)  # says so
     return variance
@@ -505,7 +521,7 @@ def _check_variance(denoiser: Denoiser, variance):
 def _latents(denoiser: Denoiser, steps: int | None) -> np.ndarray:
     """Times of the latents, rising, float64; the first is the decoder's."""
     process = denoiser.process
-    steps = steps or process.num_timesteps or 1000
+    steps = process.resolution if steps is None else steps
     check_steps(steps, process)
     visited = grid("uniform", steps, process, denoiser.latest, _backend.TIME_DTYPE)
     times = _numpy(visited)[::-1]
@@ -534,14 +550,25 @@ def _uniform(num: int, seed: int) -> np.ndarray:
     return _numpy(random.uniform(random.fold_in(keys, _CHOICE)))
 
 
-def _batches(x_0: np.ndarray, label, seed: int, batch_size: int):
+def _checked_label(denoiser: Denoiser, label, num: int) -> np.ndarray | None:
+    """Labels that the denoiser knows, one an image, or None."""
+    if label is None:
+        return None
+    wanted = f"{num} integers, one an image"
+    labels = _checks.array("label", label, wanted, kinds="iu")
+    if labels.shape != (num,):
+        raise ValueError(f"label must be {wanted}. Received shape {labels.shape}.")
+    takes_labels = "label" in inspect.signature(denoiser.__call__).parameters
+    known = hasattr(denoiser, "num_classes") or not takes_labels
+    if known:
+        check_labels(labels, getattr(denoiser, "num_classes", None))
+    return labels
+
+
+def _batches(denoiser: Denoiser, x_0: np.ndarray, label, seed: int, batch_size: int):
     """(rows, images, keys, (labels,) or ()): the last batch filled up, so that shapes are few."""
-    labels = None if label is None else np.asarray(label)
-    if labels is not None and (labels.shape != (len(x_0),) or labels.dtype.kind not in "iu"):
-        raise ValueError(
-            f"label must be {len(x_0)} integers, one an image. Received {labels.dtype} of shape "
-            f"{labels.shape}."
-        )
+    labels = _checked_label(denoiser, label, len(x_0))
+    _checks.seed(seed)
     size = min(_at_least_one(batch_size, "batch_size"), len(x_0))
     for first in range(0, len(x_0), size):
         rows_ = np.minimum(np.arange(first, first + size), len(x_0) - 1)
@@ -551,9 +578,7 @@ def _batches(x_0: np.ndarray, label, seed: int, batch_size: int):
 
 
 def _at_least_one(value: int, name: str = "evaluations") -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1. Received {value!r}.")
-    return int(value)
+    return _checks.integer(name, value)
 
 
 def _tensor(times: np.ndarray):

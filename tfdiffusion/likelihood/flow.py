@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _names, _states, random
+from tfdiffusion import _backend, _checks, _names, _states, random
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.likelihood import levels
 from tfdiffusion.likelihood.bound import (
@@ -33,7 +33,7 @@ from tfdiffusion.likelihood.bound import (
     prior_at,
     standard_error,
 )
-from tfdiffusion.likelihood.pixels import Pixels, as_float
+from tfdiffusion.likelihood.pixels import Pixels, as_float, check_pixels
 
 DIVERGENCES = ("rademacher", "gaussian", "exact")
 DEQUANTIZATIONS = ("uniform", "decoder")
@@ -156,10 +156,11 @@ def log_likelihood(
             argument is out of range.
         ToleranceError: If the solver does not get there.
     """
-    if divergence not in DIVERGENCES:
-        raise _names.unknown("divergence", divergence, DIVERGENCES)
-    if dequantization not in DEQUANTIZATIONS:
-        raise _names.unknown("dequantization", dequantization, DEQUANTIZATIONS)
+    _names.one_of("divergence", divergence, DIVERGENCES)
+    _names.one_of("dequantization", dequantization, DEQUANTIZATIONS)
+    _checks.numbers(tolerance=tolerance)
+    _checks.number("prior_tolerance", prior_tolerance, "[0, inf]")
+    check_pixels(pixels)
     if not tolerance >= 1e-7:
         raise ValueError(
             f"tolerance must be at least 1e-7, where float32 rounds. Received {tolerance}."
@@ -203,7 +204,7 @@ def log_likelihood(
     densities, latents, evaluations = [], [], []
     for draw in range(draws):
         parts = []
-        for _, x, keys, label_ in _batches(x_0, label, seed, batch_size):
+        for _, x, keys, label_ in _batches(denoiser, x_0, label, seed, batch_size):
             *part, reached, count = run(x, random.fold_in(keys, 3 + draw), *label_)
             _check_reached(float(reached), start, end, tolerance, max_steps)
             parts.append([np.asarray(ops.convert_to_numpy(p)) for p in part])

@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import keras
 import numpy as np
 from keras import ops
 
-from tfdiffusion import random
+from tfdiffusion import _checks, random
 
 _FAR = 1e4  # standard deviations; stands for infinity, and its square is a finite float32
 _FRACTION_FROM, _FRACTION_TERMS = 2.0, 24
@@ -44,6 +43,8 @@ class Pixels:
     high: float = 1.0
 
     def __post_init__(self):
+        _checks.integer("levels", self.levels, -_checks.LARGEST)  # its range is looked at below
+        _checks.numbers(low=self.low, high=self.high)
         if self.levels < 2 or not self.low < self.high:
             raise ValueError(
                 "Pixels need at least 2 levels and low < high. Received "
@@ -82,8 +83,8 @@ class Pixels:
         off = np.abs(place - np.rint(place)).max()
         if off > 0.05:
             raise ValueError(
-                f"Data are {off:.2f} of a bin away from the nearest of the {self.levels} values: a "
-                "discrete likelihood means nothing for resized or augmented images. Pass "
+                f"Received data {off:.2f} of a bin away from the nearest of {self.levels} values: "
+                "a discrete likelihood means nothing for resized or augmented images. Pass "
                 "pixels=None for the density, or the right number of levels."
             )
         return (self.low + self.width * np.rint(place)).astype(np.float32)
@@ -130,13 +131,21 @@ def as_float(x, expected: str) -> np.ndarray:
         TypeError: If the dtype is not a floating one.
         ValueError: If there is no batch axis, no row, or a value is NaN or infinite.
     """
-    x = np.asarray(x if isinstance(x, np.ndarray) else ops.convert_to_numpy(x))
-    if not keras.backend.is_float_dtype(x.dtype.name):
+    try:
+        x = np.asarray(x if isinstance(x, np.ndarray) else ops.convert_to_numpy(x))
+    except Exception as error:  # what comes from the backend for text and ragged lists
+        raise TypeError(
+            f"Likelihood needs floats {expected}. Received {_checks.shown(x)}."
+        ) from error
+    if _checks.kind(x) != "f":
         raise TypeError(f"Likelihood needs floats {expected}. Received dtype {x.dtype}.")
     if x.ndim < 2 or not x.size:
         raise ValueError(f"Data must have the shape (N, ...) with N > 0. Received {x.shape}.")
     if not np.isfinite(x).all():
-        raise ValueError(f"Data hold {int((~np.isfinite(x)).sum())} NaN or infinite values.")
+        raise ValueError(
+            f"Data must be finite. Received {int((~np.isfinite(x)).sum())} NaN or infinite values."
+        )
+    _checks.moderate("Data", x)
     return x
 
 
@@ -162,3 +171,12 @@ def _log_upper_tail(x):
         fraction = far + term / fraction
     tail = -0.5 * ops.square(far) - 0.5 * math.log(2.0 * math.pi) - ops.log(fraction)
     return ops.where(x < _FRACTION_FROM, near, tail)
+
+
+def check_pixels(pixels: Pixels | None) -> None:
+    """Raises a TypeError unless they are a scale, or None for points."""
+    if pixels is not None and not isinstance(pixels, Pixels):
+        raise TypeError(
+            "pixels must be a likelihood.Pixels, or None for points. "
+            f"Received {_checks.shown(pixels)}."
+        )

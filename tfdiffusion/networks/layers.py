@@ -18,6 +18,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from tfdiffusion import _checks
+
 RESAMPLE = (None, "down", "up", "fir_down", "fir_up")
 
 ACTIVATIONS = {
@@ -30,7 +32,8 @@ ACTIVATIONS = {
 
 def choice(argument: str, value: object, allowed: tuple) -> object:
     """Return `value`, or raise a `ValueError` that lists what is `allowed`."""
-    if value not in allowed:
+    listed = isinstance(value, str | int | float | None) and value in allowed
+    if not listed or (isinstance(value, bool) and not any(value is a for a in allowed)):
         expected = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"`{argument}` must be one of {expected}. Received: {argument}={value!r}")
     return value
@@ -38,14 +41,15 @@ def choice(argument: str, value: object, allowed: tuple) -> object:
 
 def positive_int(argument: str, value: object) -> int:
     """Return `value` as an int, or raise a `ValueError` if it is not an integer above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+    if not _checks.is_integer(value) or not 1 <= value <= _checks.LARGEST:
         raise ValueError(f"`{argument}` must be a positive integer. Received: {argument}={value!r}")
     return int(value)
 
 
 def positive_float(argument: str, value: object) -> float:
     """Return `value` as a float, or raise a `ValueError` if it is not a number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not value > 0:
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not real or not 0 < value <= _checks.HUGE:
         raise ValueError(
             f"`{argument}` must be a number above zero. Received: {argument}={value!r}"
         )
@@ -69,7 +73,8 @@ def split_heads(channels: int, num_heads: int | None, head_dim: int | None) -> t
             "Give `num_heads` or `head_dim`, not both: one follows from the other. "
             f"Received: num_heads={num_heads!r}, head_dim={head_dim!r}"
         )
-    name, part = ("num_heads", num_heads or 1) if head_dim is None else ("head_dim", head_dim)
+    heads = 1 if num_heads is None else num_heads
+    name, part = ("num_heads", heads) if head_dim is None else ("head_dim", head_dim)
     if channels % positive_int(name, part):
         raise ValueError(
             f"`{name}` must divide the channels. Received: {name}={part}, channels={channels}"
@@ -100,6 +105,50 @@ def check_inputs(inputs: dict, num_classes: int | None) -> None:
             f"A network with num_classes={num_classes} takes a dict with {expected}. Received: "
             f"{received}. 'label' goes with `num_classes`; the label {num_classes} is no label."
         )
+
+
+def check_tensors(inputs: dict, channels: int, rank: int, num_classes: int | None = None) -> None:
+    """Raise a `ValueError` unless tensors are what a built network takes.
+
+    Of traced ones dtypes and shapes are looked at; of labels outside of graphs, the values too.
+
+    Args:
+        inputs: `"x"` `(B, ..., channels)` of `rank` axes, `"time"` and `"label"` `(B,)`.
+        channels: That the network was built for.
+        rank: Number of axes of x.
+        num_classes: The largest label, which means "no label".
+    """
+    x = inputs["x"]
+    _checks.real(**inputs)
+    if len(x.shape) != rank or x.shape[-1] not in (None, channels):
+        raise ValueError(
+            f"`x` must have {rank} axes, the last of size {channels}. Received: shape "
+            f"{tuple(x.shape)}"
+        )
+    for name in ("time", "label"):
+        if name in inputs and tuple(inputs[name].shape) != (x.shape[0],):
+            rows = (x.shape[0], *inputs[name].shape[:1])
+            if len(inputs[name].shape) != 1 or None not in rows:
+                raise ValueError(
+                    f"`{name}` must be one number for each row of `x`. Received: shape "
+                    f"{tuple(inputs[name].shape)} for {x.shape[0]} rows"
+                )
+    if "label" in inputs and "int" not in _checks.dtype(inputs["label"]):
+        raise ValueError(
+            f"`label` must be integers. Received: dtype {_checks.dtype(inputs['label'])}"
+        )
+    if "label" in inputs and not _checks.is_symbol(inputs["label"]):
+        label = ops.convert_to_numpy(inputs["label"])
+        if label.size and (label.min() < 0 or label.max() > num_classes):
+            raise ValueError(
+                f"`label` must be integers from 0 to {num_classes}, which is no label. Received: "
+                f"{label.min()} to {label.max()}"
+            )
+
+
+def rate(argument: str, value: object) -> float:
+    """Return `value` as a float, or raise a `ValueError` if it is not a number in [0, 1)."""
+    return _checks.number(argument, value, "[0, 1)")
 
 
 def sinusoids(inputs, features: int, freq_shift: float, flip_sin_to_cos: bool):
@@ -358,7 +407,7 @@ class SelfAttention(keras.layers.Layer):
         self.num_heads, self.head_dim, self.groups = num_heads, head_dim, groups
         self.norm_epsilon = positive_float("norm_epsilon", norm_epsilon)
         self.output_scale = positive_float("output_scale", output_scale)
-        self.width = width and positive_int("width", width)
+        self.width = None if width is None else positive_int("width", width)
         self.norm = None
         if groups is not None:
             self.norm = GroupNormalization(
@@ -438,7 +487,7 @@ class Downsample(keras.layers.Layer):
         super().__init__(**kwargs)
         self.kind = choice("kind", kind, ("conv", "pool", "fir", "fir_conv"))
         self.padding = choice("padding", padding, (0, 1))
-        self.width = width and positive_int("width", width)
+        self.width = None if width is None else positive_int("width", width)
 
     def build(self, input_shape):
         if "conv" in self.kind:
@@ -564,14 +613,15 @@ class ResidualBlock(keras.layers.Layer):
         self.project_shortcut = bool(project_shortcut)
         self.scale_shift = bool(scale_shift)
         self.resample = choice("resample", resample, RESAMPLE)
-        self.rate = float(dropout)
+        self.rate = rate("dropout", dropout)
         self.output_scale = positive_float("output_scale", output_scale)
         policy = self.dtype_policy
         norm = {"epsilon": norm_epsilon, "activation": activation, "dtype": policy}
         conv = {"padding": "same", "dtype": policy}
         self.norm_1 = GroupNormalization(groups, **norm, name="norm_1")
         self.conv_1 = keras.layers.Conv2D(self.width, 3, **conv, name="conv_1")
-        self.norm_2 = GroupNormalization(groups_out or groups, **norm, name="norm_2")
+        groups_out = groups if groups_out is None else groups_out
+        self.norm_2 = GroupNormalization(groups_out, **norm, name="norm_2")
         self.conv_2 = keras.layers.Conv2D(
             self.width, 3, kernel_initializer="zeros", **conv, name="conv_2"
         )

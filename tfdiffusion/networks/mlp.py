@@ -11,6 +11,7 @@ from tfdiffusion.networks.layers import (
     GroupNormalization,
     TimeEmbedding,
     check_inputs,
+    check_tensors,
     label_embedding,
     positive_int,
 )
@@ -107,7 +108,9 @@ class MLP(keras.Model):
         super().__init__(autocast=False, **kwargs)
         self.width = positive_int("width", width)
         self.depth = positive_int("depth", depth)
-        self.out_features = out_features and positive_int("out_features", out_features)
+        if out_features is not None:
+            out_features = positive_int("out_features", out_features)
+        self.out_features = out_features
         self.num_classes = num_classes
         policy = self.dtype_policy
         self.time_embedding = TimeEmbedding(
@@ -145,6 +148,7 @@ class MLP(keras.Model):
 
     def call(self, inputs, training=False):
         check_inputs(inputs, self.num_classes)
+        check_tensors(inputs, self.dense_in.kernel.shape[0], 2, self.num_classes)
         embedding = self.time_embedding(inputs["time"])
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(inputs["label"])

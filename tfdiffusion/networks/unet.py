@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import keras
 from keras import ops
 
+from tfdiffusion import _checks
 from tfdiffusion.networks.layers import (
     Downsample,
     GroupNormalization,
@@ -24,6 +25,7 @@ from tfdiffusion.networks.layers import (
     TimeEmbedding,
     Upsample,
     check_inputs,
+    check_tensors,
     choice,
     int_tuple,
     label_embedding,
@@ -121,7 +123,8 @@ class UNet(keras.Model):
             blocks_per_level = (blocks_per_level,) * len(widths)
         blocks_per_level = int_tuple("blocks_per_level", blocks_per_level)
         _check_levels(widths, blocks_per_level, attention_levels, groups)
-        time_width = 4 * widths[0] if time_width is None else time_width
+        time_width = 4 * widths[0] if time_width is None else positive_int("time_width", time_width)
+        choice("time_embedding", time_embedding, ("sinusoidal", "fourier"))
         if remat and dropout:
             raise ValueError(
                 "`remat` computes blocks twice, and dropout would drop other values the second "
@@ -258,6 +261,9 @@ class UNet(keras.Model):
 
     def call(self, inputs, training=False):
         check_inputs(inputs, self.num_classes)
+        channels = self.conv_in.kernel.shape[2] // self.patch_size**2
+        check_tensors(inputs, channels, 4, self.num_classes)
+        _check_size(tuple(inputs["x"].shape), len(self.widths), self.patch_size)
         embedding = self.time_embedding(inputs["time"])
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(inputs["label"])
@@ -338,7 +344,7 @@ def _check_levels(widths, blocks_per_level, attention_levels, groups):
             f"groups={groups}. Use groups={math.gcd(*widths)} or a divisor of it."
         )
     if not isinstance(attention_levels, (list, tuple)) or any(
-        level not in range(levels) for level in attention_levels
+        not _checks.is_integer(level) or not 0 <= level < levels for level in attention_levels
     ):
         raise ValueError(
             f"`attention_levels` must be indices of levels, 0 to {levels - 1} for widths="

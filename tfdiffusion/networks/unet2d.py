@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from tfdiffusion import _checks
 from tfdiffusion.networks.blocks import (
     DecoderBlock,
     Embedding,
@@ -31,9 +32,11 @@ from tfdiffusion.networks.layers import (
     ResidualBlock,
     SelfAttention,
     Upsample,
+    check_tensors,
     choice,
     int_tuple,
     label_embedding,
+    positive_float,
     positive_int,
 )
 
@@ -83,8 +86,9 @@ class Level:
         choice("attention", self.attention, (None, "each", "last"))
         choice("resample", self.resample, (None, "conv", "residual", "projected", "smooth"))
         choice("pyramid", self.pyramid, (None, "skip", "residual"))
-        if isinstance(self.groups, str):
-            choice("groups", self.groups, tuple(GROUPS))
+        for name in ("groups", "attention_groups"):
+            _check_groups(name, getattr(self, name), none=name == "attention_groups")
+        positive_float("output_scale", self.output_scale)
         head_dim = self.width if self.head_dim is None else positive_int("head_dim", self.head_dim)
         if self.attention and head_dim > self.width:
             raise ValueError(
@@ -175,6 +179,15 @@ class UNet2D(keras.Model):
     ):
         # Times must reach the embedding in float32, so `call` leaves each cast to the layers.
         super().__init__(autocast=False, **kwargs)
+        for name, levels in (("encoder", encoder), ("decoder", decoder)):
+            if not isinstance(levels, list | tuple) or not levels:
+                raise ValueError(
+                    f"`{name}` must be a list of Levels, with at least one. Received: "
+                    f"{name}={_checks.shown(levels)}"
+                )
+        choice("time_embedding", time_embedding, ("sinusoidal", "learned", "fourier"))
+        _checks.numbers(time_scale=time_scale, time_shift=time_shift, freq_shift=freq_shift)
+        _check_groups("out_groups", out_groups)
         self.levels = [_level(level) for level in encoder], [_level(level) for level in decoder]
         self.middle_level = None if middle is None else _level(middle)
         _check_levels(*self.levels)
@@ -190,7 +203,8 @@ class UNet2D(keras.Model):
         self.time_scale, self.time_shift = float(time_scale), float(time_shift)
         self.input_map, self.divide_by_sigma = input_map, bool(divide_by_sigma)
         first = self.levels[0][0].width
-        self.time_width = positive_int("time_width", time_width or 4 * first)
+        time_width = 4 * first if time_width is None else time_width
+        self.time_width = positive_int("time_width", time_width)
         policy = self.dtype_policy
         self._common = {"norm_epsilon": norm_epsilon, "dtype": policy}
         self._residual = {
@@ -357,6 +371,8 @@ class UNet2D(keras.Model):
 
     def call(self, inputs, training=False):
         self._check_inputs(inputs)
+        looked_at = {k: v for k, v in inputs.items() if k != "label" or self.label == "class"}
+        check_tensors(looked_at, self.conv_in.kernel.shape[2], 4, self.num_classes)
         time = ops.cast(inputs["time"], "float32")
         embedding = self._embed(time, inputs.get("label"))
         x = ops.cast(inputs["x"], self.compute_dtype)
@@ -420,7 +436,22 @@ class UNet2D(keras.Model):
 
 
 def _level(level: Level | dict) -> Level:
-    return level if isinstance(level, Level) else Level(**level)
+    if isinstance(level, Level):
+        return level
+    known = {field.name for field in dataclasses.fields(Level)}
+    if not isinstance(level, dict) or not {"width", "blocks"} <= set(level) <= known:
+        raise ValueError(
+            "A level must be a Level, or a dict of its arguments: width, blocks and what else is "
+            f"not by default. Received: {_checks.shown(level)}"
+        )
+    return Level(**level)
+
+
+def _check_groups(name: str, groups: object, none: bool = False) -> None:
+    if isinstance(groups, str):
+        choice(name, groups, tuple(GROUPS))
+    elif groups is not None or not none:
+        positive_int(name, groups)
 
 
 def _groups(groups: int | str | None, channels: int, skip: int = 0) -> int | None:

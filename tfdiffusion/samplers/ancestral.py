@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from keras import ops
 
-from tfdiffusion import _names, random
+from tfdiffusion import _checks, _names, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.samplers.base import Sampler, register
@@ -29,9 +29,7 @@ class DDPM(Sampler):
     variance: str = "posterior"
 
     def __post_init__(self):
-        known = ("posterior", "beta", "learned")
-        if self.variance not in known:
-            raise _names.unknown("variance", self.variance, known)
+        _names.one_of("variance", self.variance, ("posterior", "beta", "learned"))
 
     def step(self, denoiser: Denoiser, carry: tuple, t, s, keys) -> tuple:
         """x_s = c_0 x̂_0 + c_t x_t + √variance z."""
@@ -66,10 +64,9 @@ class DDIM(Sampler):
     clip: float | None = None
 
     def __post_init__(self):
-        if not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"DDIM's eta must lie in [0, 1]. Received eta={self.eta}.")
-        if self.clip is not None and not self.clip > 0.0:
-            raise ValueError(f"DDIM's clip must be positive. Received clip={self.clip}.")
+        _checks.number("eta", self.eta, "[0, 1]")
+        if self.clip is not None:
+            _checks.number("clip", self.clip, "(0, inf]")
 
     @property
     def reversible(self) -> bool:

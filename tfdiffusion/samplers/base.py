@@ -10,7 +10,7 @@ from typing import ClassVar
 import keras
 from keras import ops
 
-from tfdiffusion import _names
+from tfdiffusion import _checks, _names
 from tfdiffusion.denoiser import Denoiser, latest_time
 from tfdiffusion.processes import Process
 
@@ -108,7 +108,7 @@ class SamplerOfOrder(Sampler):
     highest: ClassVar[int]
 
     def __post_init__(self):
-        if self.order not in range(1, self.highest + 1):
+        if not _checks.is_integer(self.order) or not 1 <= self.order <= self.highest:
             raise ValueError(
                 f"{type(self).__name__} has orders 1 to {self.highest}. "
                 f"Received order={self.order!r}."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, random
+from tfdiffusion import _backend, _checks, random
 from tfdiffusion._backend import rows
 from tfdiffusion.processes import Process, get
 
@@ -33,12 +33,15 @@ def noising_path(process: str | Process, x_0, times: Sequence[float], *, seed: i
         float32 (N, B, ...).
 
     Raises:
-        ValueError: If the times do not rise strictly within (0, 1].
+        ValueError: If the times do not rise strictly within (0, 1], or the data are not finite
+            numbers (B, ...).
     """
     process = get(process)
-    x_t = ops.convert_to_tensor(x_0, dtype="float32")
-    times = np.asarray(times, "float64")
-    ends = times.ndim == 1 and times.size and 0.0 < times[0] and times[-1] <= 1.0
+    x_t = _checks.examples("x_0", x_0)
+    _checks.seed(seed)
+    times = _checks.array("times", times, "a vector of numbers in (0, 1]", rank=1)
+    times = times.astype("float64")
+    ends = times.size and 0.0 < times[0] and times[-1] <= 1.0
     visited = ops.convert_to_numpy(process.snap(times)) if ends else times
     if not ends or (np.diff(visited) <= 0.0).any():
         raise ValueError(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from keras import ops
 
-from tfdiffusion import _backend, random
+from tfdiffusion import _backend, _checks, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.samplers.base import Sampler, get
@@ -48,7 +48,7 @@ def encode(
     """
     sampler = _reversible(sampler)
     times = resolve_grid(denoiser, grid, steps, sampler)
-    x = ops.convert_to_tensor(x_0, dtype="float32")
+    x = _checks.examples("x_0", x_0)
 
     def run(times, x):
         # The scale that data have at the grid's last time; the noise there is left out.
@@ -82,7 +82,7 @@ def decode(
     Raises:
         ValueError: See `encode`.
     """
-    x = ops.convert_to_tensor(x_t, dtype="float32")
+    x = _checks.examples("x_t", x_t)
     sampler, seeds = _reversible(sampler), range(x.shape[0])
     return sample(denoiser, seeds, x.shape[1:], sampler=sampler, steps=steps, grid=grid, x=x)
 
@@ -125,12 +125,18 @@ def slerp(first, second, share):
     Returns:
         Tensor (B, ...): (sin((1 − share) θ) first + sin(share θ) second)/sin θ, θ being the angle
         between them (DDIM, arXiv:2010.02502, eq. 67); a straight line where they are parallel.
+
+    Raises:
+        ValueError: If these are no finite numbers, or the two differ in shape.
     """
-    first, second = ops.convert_to_tensor(first), ops.convert_to_tensor(second)
+    first, second = _pair(first, second)
+    if not ops.is_tensor(share):
+        share = _checks.array("share", share, "one number, or one a row")
+    _checks.one_a_row(first, share=share)
     axes = tuple(range(1, len(first.shape)))
     dot = ops.sum(first * second, axis=axes)
-    lengths = ops.sqrt(ops.sum(first**2, axis=axes) * ops.sum(second**2, axis=axes))
-    angle = ops.arccos(ops.clip(dot / lengths, -1.0, 1.0))
+    lengths = ops.sqrt(ops.sum(first**2, axis=axes)) * ops.sqrt(ops.sum(second**2, axis=axes))
+    angle = ops.arccos(ops.clip(ops.divide_no_nan(dot, lengths), -1.0, 1.0))
     share = ops.convert_to_tensor(share, dtype=angle.dtype)
     sine = ops.sin(angle)
     parallel = sine < 1e-4
@@ -169,11 +175,22 @@ def interpolate(
         ValueError: See `encode`.
     """
     request = {"sampler": sampler, "steps": steps, "grid": grid}
-    count = len(first)
+    first, second = _pair(first, second)
+    shares = _checks.array("shares", shares, "a vector of numbers", rank=1)
+    if not len(shares):
+        raise ValueError("shares must be at least one number. Received none.")
+    count = first.shape[0]
     codes = encode(denoiser, ops.concatenate([first, second]), **request)
     between = [slerp(codes[:count], codes[count:], float(share)) for share in shares]
     images = decode(denoiser, ops.concatenate(between), **request)
     return ops.reshape(images, (len(between), count, *images.shape[1:]))
+
+
+def _pair(first, second) -> tuple:
+    """Two sets of examples of one shape."""
+    first, second = _checks.examples("first", first), _checks.examples("second", second)
+    _checks.alike(first=first, second=second)
+    return first, second
 
 
 def _reversible(sampler: str | Sampler) -> Sampler:

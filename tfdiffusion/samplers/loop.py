@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from keras import ops
 
-from tfdiffusion import _backend, _states, random
+from tfdiffusion import _backend, _checks, _states, random
 from tfdiffusion._backend import rows
-from tfdiffusion.denoiser import Denoiser
+from tfdiffusion.denoiser import Denoiser, check
 from tfdiffusion.samplers.base import Sampler, get
 from tfdiffusion.times import Grid, check_steps
 from tfdiffusion.times import grid as make_grid
@@ -32,8 +32,13 @@ def prior(denoiser: Denoiser, keys, shape: Sequence[int], t=1.0):
 
     Returns:
         float32 (B, *shape).
+
+    Raises:
+        TypeError: If denoiser or keys are none.
+        ValueError: If the shape is none.
     """
-    alpha_t, sigma_t = denoiser.process.alpha(t), denoiser.process.sigma(t)
+    random.check_keys(keys)
+    alpha_t, sigma_t = check(denoiser).process.alpha(t), denoiser.process.sigma(t)
     noise = random.normal(random.fold_in(keys, _PRIOR), shape)
     return rows(ops.sqrt(alpha_t**2 + sigma_t**2), noise) * noise
 
@@ -70,7 +75,23 @@ def integrate(
 
     Returns:
         The sample (B, ...); or a tuple of it, the path and the report, as far as asked for.
+
+    Raises:
+        TypeError: If denoiser or keys are none.
+        ValueError: If the sampler is unknown, the times or the state are not float, or there is
+            not one key a row.
     """
+    denoiser, sampler = check(denoiser), get(sampler)
+    random.check_keys(keys)
+    _checks.floating(times=times, x=x)
+    times, x = ops.convert_to_tensor(times), ops.convert_to_tensor(x)
+    if len(times.shape) != 1 or 0 in times.shape or len(x.shape) < 2 or 0 in x.shape:
+        raise ValueError(
+            "times must be of shape (N,) and x of shape (B, ...), none 0. Received "
+            f"{tuple(times.shape)} and {tuple(x.shape)}."
+        )
+    if keys.shape[0] != 1:  # which serves all rows, where there is no noise
+        _checks.one_a_row(x, keys=keys[:, 0])
     steps = ops.shape(times)[0] - 1
     path = _states.begin(x, steps + 2, return_path)
 
@@ -136,24 +157,24 @@ def sample(
     Raises:
         ValueError: If a name is unknown, the times do not fall within (0, denoiser.latest], or x
             does not have a row for each seed.
-        TypeError: If the seeds are not integers.
+        TypeError: If the denoiser is none, or the seeds are not integers.
         RuntimeError: If a sampler with a tolerance could not meet it.
     """
-    sampler = get(sampler)
+    sampler, shape = get(sampler), _checks.shape(shape)
     times = resolve_grid(denoiser, grid, steps, sampler)
     keys = random.keys(seeds)
     if x is not None:
-        x = ops.convert_to_tensor(x, dtype="float32")
-        if tuple(x.shape[1:]) != tuple(shape) or x.shape[0] not in (None, keys.shape[0]):
+        x = _checks.examples("x", x)
+        if tuple(x.shape[1:]) != shape or x.shape[0] not in (None, keys.shape[0]):
             raise ValueError(
-                f"x must have one row of shape {tuple(shape)} for each of the {keys.shape[0]} "
+                f"x must have one row of shape {shape} for each of the {keys.shape[0]} "
                 f"seeds. Received shape {tuple(x.shape)}."
             )
 
     end = ending(grid) if denoise_last else {"denoise_last": False}
 
     def run(times, keys, *x):
-        state = x[0] if x else prior(denoiser, keys, tuple(shape), times[0])
+        state = x[0] if x else prior(denoiser, keys, shape, times[0])
         wanted = {"return_path": return_path, "return_report": True}
         return integrate(denoiser, sampler, times, keys, state, **end, **wanted)
 
@@ -187,12 +208,12 @@ def resolve_grid(
     Raises:
         ValueError: See `sample`.
     """
-    dtype, process = _backend.TIME_DTYPE, denoiser.process
+    dtype, process = _backend.TIME_DTYPE, check(denoiser).process
     latest = denoiser.latest if sampler is None else start_time(denoiser, sampler)
     if isinstance(grid, str | Grid):
         check_steps(steps, process)
         return make_grid(grid, steps, process, latest, dtype)
-    times = [float(t) for t in grid]
+    times = _checks.array("grid", grid, "a name, a Grid, or a vector of times", rank=1).tolist()
     falling = all(t > s for t, s in itertools.pairwise(times))
     if not (times and falling and times[-1] > 0.0 and times[0] <= latest):
         why = "" if latest == 1.0 else " Before, something here is singular: there is no signal."

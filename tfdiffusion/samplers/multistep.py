@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from keras import ops
 
-from tfdiffusion import _backend, _names, random
+from tfdiffusion import _backend, _checks, _names, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.processes import Process
@@ -118,7 +118,7 @@ class DPMSolverPP(_Multistep):
         settles: runs of fewer evaluations go back to lower orders in their last steps.
 
     Raises:
-        ValueError: If there is no such order.
+        ValueError: If there is no such order, or a number is out of range.
     """
 
     order: int = 2
@@ -127,6 +127,11 @@ class DPMSolverPP(_Multistep):
     settles: int = 15
 
     highest = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        _checks.number("curvature", self.curvature, "[0, 1]")
+        _checks.integer("settles", self.settles, 0)
 
     def move(self, denoiser, x_t, past, places, t, s, keys):
         """See base class."""
@@ -158,6 +163,10 @@ class SDEDPMSolverPP(_Multistep):
     reversible = False
 
     highest = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        _checks.integer("settles", self.settles, 0)
 
     def move(self, denoiser, x_t, past, places, t, s, keys):
         """See base class."""
@@ -277,9 +286,7 @@ class PLMS(_Adams):
 
     def __post_init__(self):
         super().__post_init__()
-        known = ("low_orders", "trapezoid", "runge_kutta")
-        if self.start_up not in known:
-            raise _names.unknown("start-up", self.start_up, known)
+        _names.one_of("start-up", self.start_up, ("low_orders", "trapezoid", "runge_kutta"))
 
     def length(self, process: Process, t, s):
         """One."""

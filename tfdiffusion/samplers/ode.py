@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _states
+from tfdiffusion import _checks, _states
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.processes import Process
@@ -159,11 +159,9 @@ class RK45(Sampler):
     max_evaluations: int = 1000
 
     def __post_init__(self):
-        if min(self.rtol, self.atol) <= 0.0 or self.max_evaluations < 7:
-            raise ValueError(
-                "RK45 needs rtol > 0, atol > 0 and max_evaluations >= 7. Received "
-                f"rtol={self.rtol}, atol={self.atol}, max_evaluations={self.max_evaluations}."
-            )
+        _checks.number("rtol", self.rtol, "(0, inf)")
+        _checks.number("atol", self.atol, "(0, inf)")
+        _checks.integer("max_evaluations", self.max_evaluations, 7)
 
     def start(self, x_t, evaluations=None) -> tuple:
         """x, the next step in φ, evaluations so far, and the time reached, one a sample."""

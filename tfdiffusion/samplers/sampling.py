@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 
 import keras
 
-from tfdiffusion import _defaults
-from tfdiffusion.denoiser import Threshold
-from tfdiffusion.samplers.base import Sampler
-from tfdiffusion.times import Grid
+from tfdiffusion import _checks, _defaults
+from tfdiffusion.denoiser import Threshold, get_threshold
+from tfdiffusion.samplers.base import Sampler, get
+from tfdiffusion.times import Grid, get_grid
 
 
 @keras.saving.register_keras_serializable(package="tfdiffusion")
@@ -30,7 +30,7 @@ class Sampling:
             lie in [−1, 1].
 
     Raises:
-        ValueError: If a number of steps is no positive integer.
+        ValueError: If a name is unknown, or the number of steps no positive integer.
     """
 
     sampler: str | Sampler = _defaults.SAMPLER
@@ -39,8 +39,11 @@ class Sampling:
     threshold: str | Threshold | None = "auto"
 
     def __post_init__(self):
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer >= 1. Received steps={self.steps!r}.")
+        get(self.sampler)
+        get_grid(self.grid)
+        _checks.integer("steps", self.steps)
+        if not (isinstance(self.threshold, str) and self.threshold == "auto"):
+            get_threshold(self.threshold)
 
     def get_config(self) -> dict:
         """Arguments that make it again."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from keras import ops
 
-from tfdiffusion import random
+from tfdiffusion import _checks, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.processes import Process
@@ -98,11 +98,8 @@ class PredictorCorrector(Sampler):
     correct_last: bool = False
 
     def __post_init__(self):
-        if self.snr <= 0.0 or self.corrections < 1:
-            raise ValueError(
-                "PredictorCorrector needs snr > 0 and corrections >= 1. "
-                f"Received snr={self.snr}, corrections={self.corrections}."
-            )
+        _checks.number("snr", self.snr, "(0, inf)")
+        _checks.integer("corrections", self.corrections)
         get(self.predictor)
 
     @property

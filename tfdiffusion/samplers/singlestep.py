@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from keras import ops
 
-from tfdiffusion import random
+from tfdiffusion import _checks, random
 from tfdiffusion._backend import rows
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.samplers.base import Sampler, SamplerOfOrder, register
@@ -53,11 +53,10 @@ class Heun(Sampler):
         return self.churn == 0.0
 
     def __post_init__(self):
-        if self.churn < 0.0 or self.noise < 0.0:
-            raise ValueError(
-                "Heun needs churn >= 0 and noise >= 0. "
-                f"Received churn={self.churn}, noise={self.noise}."
-            )
+        _checks.number("churn", self.churn, "[0, inf)")
+        _checks.number("churn_from", self.churn_from, "[0, inf]")
+        _checks.number("churn_to", self.churn_to, "[0, inf]")
+        _checks.number("noise", self.noise, "[0, inf)")
 
     def _stirred(self, denoiser: Denoiser, x_t, t, keys):
         """A state with more noise, and its time."""

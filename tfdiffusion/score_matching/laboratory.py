@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, random
+from tfdiffusion import _backend, _checks, random
 from tfdiffusion.exact import GaussianMixture
 from tfdiffusion.processes import Tabulated
 from tfdiffusion.score_matching import langevin
@@ -65,8 +65,12 @@ def field_error(model, exact: Callable, level: int, x) -> float:
 
     Returns:
         0 for the exact field, 1 for no field at all.
+
+    Raises:
+        ValueError: If the level is none, or the points are not finite.
     """
-    x = np.asarray(x, "float32")
+    x = ops.convert_to_numpy(_checks.examples("x", x))
+    _checks.integer("level", level, 0)
     true = ops.convert_to_numpy(exact(x, level))
     learned = ops.convert_to_numpy(model.score(x, level))
     return float(np.sqrt(np.sum((learned - true) ** 2) / np.sum(true**2)))
@@ -111,6 +115,9 @@ def unequal_modes(num: int = 2000, weights: Sequence[float] = (1, 4), seed: int 
     Raises:
         ValueError: If the weights are not two positive numbers.
     """
+    _checks.integer("num", num)
+    _checks.integer("seed", seed, 0)
+    weights = _checks.array("weights", weights, "two positive numbers", rank=1)
     if len(weights) != 2:
         raise ValueError(f"weights must be two positive numbers. Received {weights}.")
     sigmas = geometric(8.0, 0.1, 24)

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tfdiffusion import _checks
+
 #: Overlap of neighbouring shells in the published ladders, which the paper gives as "about 0.5".
 #: CIFAR-10's 232 levels, CelebA's 500, LSUN's 1086 and FFHQ's 2311 all have this one.
 PUBLISHED_OVERLAP = 0.567
@@ -31,8 +33,8 @@ def check_ladder(sigmas: Sequence[float]) -> np.ndarray:
     Raises:
         ValueError: If they do not.
     """
-    ladder = np.asarray(sigmas, dtype=np.float64)
-    if ladder.ndim != 1 or not ladder.size or not np.isfinite(ladder).all() or (ladder <= 0).any():
+    ladder = _checks.array("A ladder", sigmas, "a vector of positive numbers").astype("float64")
+    if ladder.ndim != 1 or not ladder.size or (ladder <= 0).any():
         raise ValueError(
             "A ladder must be a vector of positive noise levels, at least one. Received shape "
             f"{ladder.shape}{f' from {ladder.min():g}' if ladder.size else ''}."
@@ -41,8 +43,8 @@ def check_ladder(sigmas: Sequence[float]) -> np.ndarray:
     if rising.size:
         i = int(rising[0])
         raise ValueError(
-            f"A ladder must fall strictly, most noise first. It does not from level {i} "
-            f"({ladder[i]:g}) to level {i + 1} ({ladder[i + 1]:g}). Reverse it, or use "
+            f"A ladder must fall strictly, most noise first. It does not from level {i} to level "
+            f"{i + 1}: received {ladder[i]:g} and {ladder[i + 1]:g}. Reverse it, or use "
             "score_matching.geometric(sigma_max, sigma_min, num_levels)."
         )
     return ladder
@@ -62,6 +64,8 @@ def geometric(sigma_max: float, sigma_min: float, num_levels: int) -> np.ndarray
     Raises:
         ValueError: If the numbers are out of range.
     """
+    _checks.numbers(sigma_max=sigma_max, sigma_min=sigma_min)
+    _checks.integer("num_levels", num_levels, -_checks.LARGEST)  # its range comes with the others
     if not 0.0 < sigma_min < sigma_max or num_levels < 2:
         raise ValueError(
             "A geometric ladder needs 0 < sigma_min < sigma_max and num_levels >= 2. Received "
@@ -89,9 +93,10 @@ def largest_distance(x, num_examples: int | None = None, seed: int = 0) -> float
     Raises:
         ValueError: If there are fewer than two examples.
     """
-    flat = np.asarray(x, dtype=np.float32)
-    if len(flat) < 2:
-        raise ValueError(f"A distance needs two examples. Received {len(flat)}.")
+    flat = _examples(x)
+    if num_examples is not None:
+        _checks.integer("num_examples", num_examples, 2)
+    _checks.integer("seed", seed, 0)
     if num_examples is not None and num_examples < len(flat):
         flat = flat[np.random.default_rng(seed).choice(len(flat), num_examples, replace=False)]
     flat = flat.reshape(len(flat), -1)
@@ -103,6 +108,14 @@ def largest_distance(x, num_examples: int | None = None, seed: int = 0) -> float
         distances = squares[rows, None] + squares[None] - 2.0 * flat[rows] @ flat.T
         largest = max(largest, float(distances.max()))
     return math.sqrt(largest)
+
+
+def _examples(x) -> np.ndarray:
+    """Two examples or more, float32 (N, ...)."""
+    flat = _checks.array("x", x, "numbers of shape (N, ...)")
+    if flat.ndim < 2 or len(flat) < 2 or not flat.size:
+        raise ValueError(f"A distance needs two examples (N, ...). Received shape {flat.shape}.")
+    return flat.astype("float32")
 
 
 def _normal_cdf(z: float) -> float:
@@ -120,7 +133,12 @@ def shell_overlap(ratio: float, dimension: int) -> float:
 
     Returns:
         A share in (0, 1).
+
+    Raises:
+        ValueError: If a number is out of range.
     """
+    _checks.number("ratio", ratio, "[1, inf)")
+    _checks.number("dimension", dimension, "(0, inf)")
     distance = math.sqrt(2.0 * dimension) * (ratio - 1.0)
     return _normal_cdf(distance + 3.0 * ratio) - _normal_cdf(distance - 3.0 * ratio)
 
@@ -136,6 +154,7 @@ def ratio_for(dimension: int, overlap: float = PUBLISHED_OVERLAP) -> float:
     Raises:
         ValueError: If there is no such ratio.
     """
+    _checks.numbers(dimension=dimension, overlap=overlap)
     if not 0.0 < overlap < 1.0 or dimension <= 4.5:
         raise ValueError(
             "Shells of neighbouring noise levels separate in more than 4 dimensions only, and "
@@ -177,6 +196,7 @@ def for_dimension(
     Raises:
         ValueError: If the numbers are out of range.
     """
+    geometric(sigma_max, sigma_min, 2)  # looks at the two
     steps = math.log(sigma_max / sigma_min) / math.log(ratio_for(dimension, overlap))
     return geometric(sigma_max, sigma_min, max(round(steps) + 1, 2))
 
@@ -204,7 +224,8 @@ def from_data(
     Raises:
         ValueError: If the numbers are out of range.
     """
-    dimension = int(np.prod(np.shape(x)[1:]))
+    x = _examples(x)
+    dimension = int(np.prod(x.shape[1:]))
     return for_dimension(largest_distance(x, num_examples, seed), sigma_min, dimension, overlap)
 
 
@@ -228,6 +249,10 @@ def variance_ratio(step_size: float, steps: int, sigma: float, ratio: float) -> 
     Raises:
         ValueError: If the step size is not below the limit of stability.
     """
+    _checks.number("sigma", sigma, "(0, inf)")
+    _checks.number("ratio", ratio, "(0, inf)")
+    _checks.numbers(step_size=step_size)
+    _checks.integer("steps", steps, 0)
     share = step_size / sigma**2
     if not 0.0 < share < 2.0:
         raise ValueError(
@@ -258,8 +283,7 @@ def best_step_size(sigmas: Sequence[float], steps: int) -> float:
         ValueError: If the ladder does not fall, or steps < 1.
     """
     sigmas = check_ladder(sigmas)
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1. Received {steps}.")
+    _checks.integer("steps", steps)
     smallest = sigmas[-1]
     if len(sigmas) == 1:
         return 0.1 * smallest**2

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _names, _states, random
+from tfdiffusion import _backend, _checks, _names, _states, random
 from tfdiffusion.score_matching.ladders import check_ladder
 
 # A key has one stream for the first state and one a step.
@@ -53,8 +53,9 @@ def drift_step(step_size: float, convention: str, smallest_sigma: float | None =
             of stability, 2σ² for h.
     """
     factor = _names.look_up("convention", convention, _DRIFT)
-    if not step_size > 0.0:
-        raise ValueError(f"step_size must be positive. Received {step_size}.")
+    _checks.number("step_size", step_size, "(0, inf)")
+    if smallest_sigma is not None:
+        _checks.number("smallest_sigma", smallest_sigma, "(0, inf)")
     if smallest_sigma is not None and factor * step_size >= 2.0 * smallest_sigma**2:
         limit = 2.0 * smallest_sigma**2 / factor
         raise ValueError(
@@ -136,11 +137,7 @@ def langevin(
             differ.
     """
     h = drift_step(step_size, convention, smallest_sigma)
-    if not 0.0 <= temperature < np.inf:
-        raise ValueError(
-            f"temperature must be finite and not negative. Received {temperature}; 1 samples the "
-            "density, 0 climbs it."
-        )
+    _checks.number("temperature", temperature, "[0, inf)")
     scale = (2.0 * h * temperature) ** 0.5
     x = _checked_start(x, keys, steps)
 
@@ -230,14 +227,14 @@ def metropolis_langevin(
 
 
 def _checked_start(x, keys, steps: int):
-    x = ops.convert_to_tensor(x, dtype="float32")
+    x = _checks.examples("x", x)
+    random.check_keys(keys)
     if x.shape[0] != keys.shape[0]:
         raise ValueError(
             f"There must be one key a row. Received {keys.shape[0]} keys for x of shape "
             f"{tuple(x.shape)}."
         )
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1. Received {steps}.")
+    _checks.integer("steps", steps)
     return x
 
 
@@ -297,8 +294,7 @@ def annealed(
     Raises:
         ValueError: If the ladder does not fall or a number is out of range.
     """
-    if steps_per_level < 1:
-        raise ValueError(f"steps_per_level must be >= 1. Received {steps_per_level}.")
+    _checks.integer("steps_per_level", steps_per_level)
     sigmas = check_ladder(sigmas)
     h = ops.cast(drift_steps(sigmas, step_size, convention), "float32")
     table = ops.cast(sigmas, "float32")

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tfdiffusion import _backend, _names, fitting, random
+from tfdiffusion import _backend, _checks, _names, fitting, random
 from tfdiffusion.denoiser import NetworkDenoiser
 from tfdiffusion.processes import Tabulated
 from tfdiffusion.score_matching import langevin, objectives
@@ -170,10 +170,9 @@ class ScoreModel(fitting.NoiseConditionalModel):
             float32 (B, ...).
 
         Raises:
-            ValueError: If a plain level is out of range.
+            ValueError: If a plain level is out of range, or x is not finite or of another shape.
         """
-        self._check_levels(level)
-        x = ops.convert_to_tensor(x, dtype="float32")
+        x = self._checked(x, level)
         pairs = self._averaged() if ema else [(v, v.value) for v in self.network.variables]
         with _backend.substituted(pairs):
             return self.raw.predict(x, self.time_of(level))
@@ -192,27 +191,27 @@ class ScoreModel(fitting.NoiseConditionalModel):
         Raises:
             ValueError: If a plain level is out of range, or the network learns a plain score.
         """
-        self._check_levels(level)
         if not hasattr(self.network, "energy"):
             raise ValueError(
                 f"{type(self.network).__name__} learns a score and no energy. Use a network that "
                 "does, such as ScoreMLP(sigmas, energy=True)."
             )
-        x = ops.convert_to_tensor(x, dtype="float32")
+        x = self._checked(x, level)
         time = ops.broadcast_to(ops.cast(level, "float32"), ops.shape(x)[:1])
         pairs = self._averaged() if ema else [(v, v.value) for v in self.network.variables]
         with _backend.substituted(pairs):
             return self.network.energy({"x": x, "time": time})
 
-    def _check_levels(self, level) -> None:
-        if _backend.is_traced(level):
-            return
-        levels = np.asarray(ops.convert_to_numpy(level))
-        if levels.dtype.kind not in "iu" or levels.min() < 0 or levels.max() >= self.num_levels:
-            raise ValueError(
-                f"level must be integers from 0 (most noise) to {self.num_levels - 1}. "
-                f"Received {level!r}."
-            )
+    def _checked(self, x, level):
+        """x as float32 tensor (B, ...), when it and the levels are in order."""
+        x = _checks.examples("x", x, self.sample_shape)
+        wanted = f"integers from 0 (most noise) to {self.num_levels - 1}"
+        if not _checks.is_symbol(level):
+            levels = _checks.array("level", level, wanted, kinds="iu")
+            if levels.size and (levels.min() < 0 or levels.max() >= self.num_levels):
+                raise ValueError(f"level must be {wanted}. Received {_checks.shown(level)}.")
+        _checks.one_a_row(x, level=level)
+        return x
 
     # Sampling.
 
@@ -296,13 +295,16 @@ class ScoreModel(fitting.NoiseConditionalModel):
                 range.
         """
         request = self.langevin_request(steps_per_level, step_size, convention)
-        known = np.asarray(known, "float32")
+        mask = _checks.array("mask", mask, "true or false, or numbers", kinds="biuf")
+        try:
+            known = np.asarray(known, "float32")  # NaN or whatever may lie outside the mask
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"known must be numbers. Received {_checks.shown(known)}.") from error
         if known.shape[1:] != self.sample_shape:
             raise ValueError(
                 f"known must have shape (N, {', '.join(map(str, self.sample_shape))}). "
                 f"Received {known.shape}."
             )
-        mask = np.asarray(mask)
         try:
             mask = np.broadcast_to(mask, known.shape).astype("float32")
         except ValueError:
@@ -312,6 +314,7 @@ class ScoreModel(fitting.NoiseConditionalModel):
             ) from None
         # NaN or whatever lies outside the mask must not get into the sum.
         known = np.where(mask > 0, known, 0.0).astype("float32")
+        _checks.examples("known", known)
         seeds = fitting.check_seeds(len(known), seed, seeds)
 
         def run(keys, known, mask):
@@ -355,8 +358,9 @@ class ScoreModel(fitting.NoiseConditionalModel):
             ValueError: If the model has not seen data or a number is out of range.
         """
         request = self.langevin_request(steps_per_level, step_size, convention)
-        if num < 2:
-            raise ValueError(f"An interpolation has two ends, so num must be >= 2. Received {num}.")
+        _checks.integer("num", num, 2)  # an interpolation has two ends
+        _checks.seed(seed_a, "seed_a")
+        _checks.seed(seed_b, "seed_b")
         keys_a, keys_b = (random.keys(np.full(num, seed)) for seed in (seed_a, seed_b))
         share = np.linspace(0.0, 1.0, num, dtype="float32")
 
@@ -380,10 +384,7 @@ class ScoreModel(fitting.NoiseConditionalModel):
         """
         if self.sample_shape is None:
             raise ValueError("The model has no shape yet: call fit, or build((None, H, W, C)).")
-        if not isinstance(steps_per_level, int | np.integer) or steps_per_level < 1:
-            raise ValueError(
-                f"steps_per_level must be an integer >= 1. Received {steps_per_level!r}."
-            )
+        _checks.integer("steps_per_level", steps_per_level)
         if step_size is None:
             best = best_step_size(self.sigmas, steps_per_level)
             step_size = best / langevin.drift_step(1.0, convention)

@@ -27,7 +27,7 @@ from keras import ops
 
 from tfdiffusion import _backend
 from tfdiffusion.networks import MLP
-from tfdiffusion.networks.layers import check_inputs, positive_int
+from tfdiffusion.networks.layers import check_inputs, check_tensors, positive_int
 from tfdiffusion.networks.unet import from_patches, to_patches
 from tfdiffusion.score_matching.ladders import check_ladder
 
@@ -63,7 +63,7 @@ class InstanceNormPlus(keras.layers.Layer):
 
     def __init__(self, num_levels: int | None = None, **kwargs):
         super().__init__(autocast=False, **kwargs)
-        self.num_levels = num_levels and positive_int("num_levels", num_levels)
+        self.num_levels = None if num_levels is None else positive_int("num_levels", num_levels)
 
     def build(self, input_shape):
         channels = input_shape[-1]
@@ -423,8 +423,11 @@ class _RefineNet(keras.Model):
         self.conv_out.build(x)
         self.built = True
 
-    def features(self, x, level):
+    def features(self, inputs, level):
         """What comes before the scale of the output: float32, the shape of x."""
+        check_inputs(inputs, None)
+        check_tensors(inputs, self.conv_in.kernel.shape[2] // self.patch_size**2, rank=4)
+        x = inputs["x"]
         x = to_patches(ops.cast(x, self.compute_dtype), self.patch_size)
         x = self.conv_in(x)
         outputs = []
@@ -473,8 +476,7 @@ class NCSN(_RefineNet):
         self.num_levels = self_levels
 
     def call(self, inputs, training=False):
-        check_inputs(inputs, None)
-        return self.features(inputs["x"], _level(inputs["time"]))
+        return self.features(inputs, _level(inputs["time"]))
 
     def get_config(self):
         return {**super().get_config(), "num_levels": self.num_levels}
@@ -506,8 +508,7 @@ class NCSNv2(_RefineNet):
         self.sigmas = sigmas.tolist()
 
     def call(self, inputs, training=False):
-        check_inputs(inputs, None)
-        return _over_sigma(self.features(inputs["x"], None), inputs["time"], self.sigmas)
+        return _over_sigma(self.features(inputs, None), inputs["time"], self.sigmas)
 
     def get_config(self):
         return {**super().get_config(), "sigmas": self.sigmas}

@@ -30,7 +30,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from tfdiffusion import _backend, _names, random
+from tfdiffusion import _backend, _checks, _names, random
 from tfdiffusion._backend import rows
 
 # Streams of a key.
@@ -54,12 +54,11 @@ def _scored(score: Callable, x):
 
 
 def _data(x):
-    x = ops.convert_to_tensor(x)
-    if len(x.shape) < 2 or not keras.backend.is_float_dtype(x.dtype):
-        raise ValueError(
-            "x must be float and of shape (B, ...), one row an example. Received shape "
-            f"{tuple(x.shape)}, dtype {x.dtype}."
-        )
+    expected = "floats of shape (B, ...), one row an example"
+    if not ops.is_tensor(x):
+        x = ops.convert_to_tensor(_checks.array("x", x, expected, kinds="f"))
+    if len(x.shape) < 2 or 0 in x.shape or not keras.backend.is_float_dtype(_checks.dtype(x)):
+        raise ValueError(f"x must be {expected}. Received shape {tuple(x.shape)}, dtype {x.dtype}.")
     return x
 
 
@@ -78,6 +77,8 @@ def explicit(score: Callable, x, true_score):
         ValueError: If a shape is wrong.
     """
     x = _data(x)
+    if not ops.is_tensor(true_score):
+        true_score = _checks.array("true_score", true_score, "numbers of the shape of x")
     true_score = ops.cast(true_score, x.dtype)
     if tuple(true_score.shape) != tuple(x.shape):
         raise ValueError(
@@ -147,12 +148,12 @@ def project(keys, shape, projection: str = "rademacher"):
     Raises:
         ValueError: If the name is unknown.
     """
-    return _names.look_up("projection", projection, _PROJECTIONS)(keys, tuple(shape))
+    return _names.look_up("projection", projection, _PROJECTIONS)(keys, _checks.shape(shape))
 
 
 def _projections(x, keys, projection: str, num: int):
-    if num < 1:
-        raise ValueError(f"num_projections must be >= 1. Received {num}.")
+    _checks.integer("num_projections", num)
+    _check_rows(x, keys)
     for i in range(num):
         v = project(random.fold_in(keys, _FIRST_PROJECTION + i), x.shape[1:], projection)
         yield ops.cast(v, x.dtype)
@@ -221,8 +222,7 @@ def finite_difference_sliced(
     Raises:
         ValueError: If a shape is wrong, a name unknown or a number out of range.
     """
-    if not step > 0.0:
-        raise ValueError(f"step must be positive. Received {step}.")
+    _checks.number("step", step, "(0, inf)")
     x = _data(x)
     total = 0.0
     for v in _projections(x, keys, projection, num_projections):
@@ -249,6 +249,7 @@ def denoising(score: Callable, x, keys, sigma):
         ValueError: If a shape is wrong or a plain σ not positive.
     """
     x, sigma = _data(x), _sigma(sigma)
+    _checks.one_a_row(x, sigma=sigma)
     z = noise_for(x, keys)
     sigma = rows(sigma, x)
     return 0.5 * _sum(ops.square(_scored(score, x + sigma * z) + z / sigma))
@@ -270,19 +271,31 @@ def multi_level_denoising(score: Callable, x, keys, sigma):
         ValueError: If a shape is wrong or a plain σ not positive.
     """
     x, sigma = _data(x), _sigma(sigma)
+    _checks.one_a_row(x, sigma=sigma)
     z = noise_for(x, keys)
     sigma = rows(sigma, x)
     return 0.5 * _sum(ops.square(sigma * _scored(score, x + sigma * z) + z))
 
 
+def _check_rows(x, keys) -> None:
+    """Raises a ValueError unless there is one key a row, as far as can be told."""
+    random.check_keys(keys)
+    rows_x, rows_keys = x.shape[0], keys.shape[0]
+    if None not in (rows_x, rows_keys) and rows_keys not in (1, rows_x):
+        raise ValueError(f"There must be one key a row of x, {rows_x}. Received {rows_keys}.")
+
+
 def noise_for(x, keys):
     """The z that `denoising` adds for these keys: standard normal, of the shape of x."""
+    _check_rows(x, keys)
     return ops.cast(random.normal(random.fold_in(keys, _NOISE), tuple(x.shape[1:])), x.dtype)
 
 
 def _sigma(sigma):
-    if isinstance(sigma, int | float) and not sigma > 0:
-        raise ValueError(f"sigma must be positive. Received {sigma}.")
+    if not ops.is_tensor(sigma):
+        values = _checks.array("sigma", sigma, "positive, a number or (B,)")
+        if (values <= 0).any():
+            raise ValueError(f"sigma must be positive. Received {_checks.shown(sigma)}.")
     return ops.convert_to_tensor(sigma)
 
 
