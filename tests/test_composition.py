@@ -250,8 +250,8 @@ FLOWS = {
     "ddim": 0.06,
     "euler": 0.25,
     "dpm_solver_1": 0.06,
-    **dict.fromkeys(("heun", "rk4", "dpm_solver_2", "dpm_solver_3", "rk45"), 0.025),
-    **dict.fromkeys(("dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis", "lms", "plms"), 0.025),
+    **dict.fromkeys(("heun", "rk4", "dpm_solver_2", "dpm_solver_3", "rk45"), 0.03),
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis", "lms", "plms"), 0.03),
 }
 # Error of the standard deviation that fresh noise and 40 steps may leave.
 DRAWS = {
