@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tfdiffusion import _checks
-
 if TYPE_CHECKING:
     from tfdiffusion.fitting import NoiseConditionalModel
     from tfdiffusion.networks import UNet
@@ -55,6 +53,8 @@ def path(model: str | os.PathLike) -> Path:
         FileNotFoundError: If there is no such name, file or folder, or no model in the folder.
         ValueError: If the file or folder is of another kind.
     """
+    from tfdiffusion import _checks  # with NumPy, for which the texts of help do not wait
+
     if isinstance(model, str) and model in names():
         return _PRETRAINED / f"{model}.keras"
     found = _checks.path("model", model).expanduser()
@@ -233,6 +233,8 @@ def refinenet(
 
 
 def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    from tfdiffusion import _checks
+
     shape = _checks.shape(shape)
     if len(shape) != 3:
         raise ValueError(f"Expected the shape of an image, (H, W, C). Received {shape}.")
@@ -242,6 +244,8 @@ def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
 def _check_policy(dtype: str | None) -> None:
     """Raises a ValueError unless Keras knows the dtype policy."""
     import keras
+
+    from tfdiffusion import _checks
 
     try:
         keras.dtype_policies.get(dtype)
