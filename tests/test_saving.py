@@ -108,6 +108,19 @@ def elsewhere(folder, backend):
         return dict(results)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimized_graphs():
+    """As in a fresh process: bits are compared with one."""
+    if BACKEND == "tensorflow":
+        options = importlib.import_module("tensorflow").config.optimizer
+        before = options.get_experimental_options()
+        options.set_experimental_options({"disable_meta_optimizer": False})
+        yield
+        options.set_experimental_options(before)
+    else:
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a saved model that was trained for an epoch, and what `measure` said of it."""
