@@ -327,7 +327,7 @@ GRIDS = [
 def test_timesteps_and_levels_are_those_of_the_scheduler(name, settings):
     config = configuration(name, settings)
     schedule, scheduler = schedulers.read(config), theirs(config)
-    process, told = schedule.process, NetworkDenoiser(None, schedule.process, "flow")
+    process, told = schedule.process, NetworkDenoiser(Smooth(), schedule.process, "flow")
     told = {"timestep": told._time_input, "thousandths": lambda process, t: 1000.0 * t}
     # One step of a linspace grid is the least noisy there, and is the noisiest here.
     counts = [*range(2, 60), 75, 96, 100, 112, 200, 250, 500] if DOUBLE else [5, 10, 25, 50]
