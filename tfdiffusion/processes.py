@@ -637,10 +637,6 @@ def _chain(betas: Sequence[float], may_end_at_one: bool = False) -> tuple[np.nda
     return np.exp(0.5 * log_alphas_bar), np.sqrt(-np.expm1(log_alphas_bar))
 
 
-def _check_timesteps(num_timesteps: int) -> int:
-    return _checks.integer("num_timesteps", num_timesteps)
-
-
 class _BetaRange(Tabulated):
     """A chain whose β go from `beta_start` to `beta_end`; a subclass says along which curve."""
 
@@ -653,7 +649,7 @@ class _BetaRange(Tabulated):
         beta_start: float | None = None,
         beta_end: float | None = None,
     ):
-        steps = _check_timesteps(num_timesteps)
+        steps = _checks.integer("num_timesteps", num_timesteps)
         given = {"beta_start": beta_start, "beta_end": beta_end}
         _checks.numbers(**{name: beta for name, beta in given.items() if beta is not None})
         # A chain of T steps must add as much noise as the published one of 1000.
@@ -751,7 +747,7 @@ class Cosine(Tabulated):
     """
 
     def __init__(self, num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999):
-        steps = _check_timesteps(num_timesteps)
+        steps = _checks.integer("num_timesteps", num_timesteps)
         _checks.numbers(max_beta=max_beta, offset=offset)
         if not 0.0 < max_beta < 1.0 or offset < 0.0:
             raise ValueError(

@@ -36,11 +36,6 @@ def import_tensorflow() -> Any:
     return tf
 
 
-def positive(name: str, value: Any) -> int:
-    """Return a positive integer argument, or raise a ValueError that names it."""
-    return _checks.integer(name, value)
-
-
 def fits_in_memory(num: int, shape: tuple[int, ...]) -> bool:
     """Say whether ``num`` uint8 images of a shape may be kept decoded."""
     return num * int(np.prod(shape)) <= MEMORY_LIMIT
@@ -84,7 +79,11 @@ class Examples:
         Returns:
             Images, float32 (num, H, W, C) in [-1, 1], and labels, int32 (num,) or None.
         """
-        num = self.num_examples if num is None else min(positive("num", num), self.num_examples)
+        num = (
+            self.num_examples
+            if num is None
+            else min(_checks.integer("num", num), self.num_examples)
+        )
         if self._stream is None:
             images, labels = self._images[np.arange(num)], self._labels
             labels = None if labels is None else labels[:num]
@@ -167,7 +166,7 @@ class Examples:
             ValueError: If an argument is out of range.
             ImportError: If TensorFlow is not installed.
         """
-        batch_size = positive("batch_size", batch_size)
+        batch_size = _checks.integer("batch_size", batch_size)
         if flip and len(self.shape) != 3:
             raise ValueError(
                 f"flip needs images; {self.name!r} has examples of shape {self.shape}."

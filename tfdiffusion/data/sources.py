@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tfdiffusion import _checks
-from tfdiffusion.data.examples import Examples, positive
+from tfdiffusion.data.examples import Examples
 from tfdiffusion.data.folders import read_folder
 from tfdiffusion.data.pixels import check_finite, convert_channels, square
 from tfdiffusion.data.tfds import is_known, read_tfds
@@ -114,7 +114,7 @@ def read(
         RuntimeError: If a TensorFlow Datasets set cannot be downloaded or prepared.
         ImportError: If a package that the source needs is not installed.
     """
-    image_size = None if image_size is None else positive("image_size", image_size)
+    image_size = None if image_size is None else _checks.integer("image_size", image_size)
     if channels is not None and not (_checks.is_integer(channels) and channels in (1, 3)):
         raise ValueError(
             "channels must be 1 (grey), 3 (colour) or None (as stored), got "

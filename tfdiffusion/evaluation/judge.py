@@ -112,7 +112,7 @@ def _images(images) -> np.ndarray:
     if not images.size:
         raise ValueError(f"images must be at least one. Received shape {images.shape}.")
     _checks.moderate("images", images)
-    return images.astype(np.float32)
+    return images.astype(np.float32, copy=False)
 
 
 def _labels(name: str, labels, num: int) -> np.ndarray:

@@ -152,7 +152,9 @@ def bound(
     x_0 = as_float(x_0, "of points") if pixels is None else pixels.check(x_0)
     times = _latents(denoiser, steps)
     total = len(times) - 1
-    count = total if evaluations is None else min(_at_least_one(evaluations), total)
+    count = (
+        total if evaluations is None else min(_checks.integer("evaluations", evaluations), total)
+    )
     floor = _floor(denoiser.process, times)
 
     def step(x_0, keys, t, s, *label):
@@ -166,9 +168,7 @@ def bound(
         return _mean(prior_term(denoiser, x_0)), _mean(nats), _mean(error)
 
     step, last = (_backend.compiled(f, denoiser.variables) for f in (step, last))
-    chosen = _choose(
-        total, count, len(x_0), _checks.seed(seed)
-    )  # (N, K), which step an image evaluates
+    chosen = _choose(total, count, len(x_0), seed)  # (N, K), which step an image evaluates
     parts = []
     for rows_, x, keys, label_ in _batches(denoiser, x_0, label, seed, batch_size):
         terms = []
@@ -238,7 +238,7 @@ def continuous_bound(
     process = denoiser.process
     check_pixels(pixels)
     x_0 = as_float(x_0, "of points") if pixels is None else pixels.check(x_0)
-    count = _at_least_one(evaluations)
+    count = _checks.integer("evaluations", evaluations)
     high, low = levels.log_snr_ends(denoiser)
 
     def step(x_0, keys, log_snr, *label):
@@ -254,7 +254,7 @@ def continuous_bound(
         return _mean(prior_at(x_0, low)), _mean(nats)
 
     step, ends = (_backend.compiled(f, denoiser.variables) for f in (step, ends))
-    offsets = _uniform(len(x_0), _checks.seed(seed))
+    offsets = _uniform(len(x_0), seed)
     log_snr = high - (high - low) * (np.arange(count) + offsets[:, None]) / count  # (N, K)
     parts = []
     for rows_, x, keys, label_ in _batches(denoiser, x_0, label, seed, batch_size):
@@ -546,7 +546,7 @@ def _choose(total: int, count: int, num: int, seed: int) -> np.ndarray:
 
 
 def _uniform(num: int, seed: int) -> np.ndarray:
-    keys = random.fold_in(random.keys(seed), np.arange(num))
+    keys = random.fold_in(random.keys(_checks.seed(seed)), np.arange(num))
     return _numpy(random.uniform(random.fold_in(keys, _CHOICE)))
 
 
@@ -569,16 +569,12 @@ def _batches(denoiser: Denoiser, x_0: np.ndarray, label, seed: int, batch_size: 
     """(rows, images, keys, (labels,) or ()): the last batch filled up, so that shapes are few."""
     labels = _checked_label(denoiser, label, len(x_0))
     _checks.seed(seed)
-    size = min(_at_least_one(batch_size, "batch_size"), len(x_0))
+    size = min(_checks.integer("batch_size", batch_size), len(x_0))
     for first in range(0, len(x_0), size):
         rows_ = np.minimum(np.arange(first, first + size), len(x_0) - 1)
         keys = random.fold_in(random.keys(seed), rows_)
         label_ = () if labels is None else (ops.convert_to_tensor(labels[rows_], "int32"),)
         yield rows_, ops.convert_to_tensor(x_0[rows_]), keys, label_
-
-
-def _at_least_one(value: int, name: str = "evaluations") -> int:
-    return _checks.integer(name, value)
 
 
 def _tensor(times: np.ndarray):

@@ -26,7 +26,6 @@ from tfdiffusion import _backend, _checks, _names, _states, random
 from tfdiffusion.denoiser import Denoiser
 from tfdiffusion.likelihood import levels
 from tfdiffusion.likelihood.bound import (
-    _at_least_one,
     _batches,
     _clean,
     negative_log,
@@ -165,7 +164,8 @@ def log_likelihood(
         raise ValueError(
             f"tolerance must be at least 1e-7, where float32 rounds. Received {tolerance}."
         )
-    draws, max_steps = _at_least_one(draws, "draws"), _at_least_one(max_steps, "max_steps")
+    draws = _checks.integer("draws", draws)
+    max_steps = _checks.integer("max_steps", max_steps)
     denoiser = levels.continuous(levels.of(model))
     x_0 = as_float(x_0, "of points").astype("float32") if pixels is None else pixels.check(x_0)
     start, end = levels.log_snr_ends(denoiser)
