@@ -21,6 +21,7 @@ where a row lies in a batch moves it by a rounding error; each row is therefore 
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import tempfile
@@ -38,6 +39,10 @@ from tfdiffusion.training import DiffusionModel
 
 # How many rows may be under way at once: memory grows with it, and a few keep all cores busy.
 _ROWS_AT_ONCE = 8
+# Weights of up to so many bytes are constants of the graph. Kernels on a CPU keep a constant in the
+# order that suits them; a variable they order anew for every image, a quarter of an image's time.
+# Past this they are variables: a graph cannot hold 2 GiB, and each signature in use copies it.
+_MOST_CONSTANT_BYTES = 2**28
 # Where TensorFlow Serving looks for requests to run before it opens a model to traffic.
 _WARM_UP_FILE = Path("assets.extra", "tf_serving_warmup_requests")
 _PNG_CHANNELS = (1, 3, 4)
@@ -115,7 +120,7 @@ def saved_model(
 
     graph = make()
     module = tf.Module()
-    module.weights = [weight for _, weight in graph.weights]
+    module.weights = graph.variables
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=directory.parent) as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
@@ -143,16 +148,21 @@ class _Graph:
         pairs = [] if model.ema is None else model.ema.pairs()
         averages = {id(variable): value for variable, value in pairs}
         # Copies: SavedModels keep whatever they refer to, and would keep the raw weights as well.
-        self.weights = [
-            (v, tf.Variable(averages.get(id(v), ops.convert_to_tensor(v)), False, name=v.path))
-            for v in model.network.variables
+        values = [
+            (v, ops.convert_to_numpy(averages.get(id(v), v))) for v in model.network.variables
         ]
+        self.variables = []
+        if sum(value.nbytes for _, value in values) > _MOST_CONSTANT_BYTES:
+            values = [(v, tf.Variable(value, False, name=v.path)) for v, value in values]
+            self.variables = [variable for _, variable in values]
+        self.raw = copy.copy(model.raw)
+        self.raw.network = _Stored(model, values)
         self.rows = {"seed": tf.TensorSpec([None], tf.int64, "seed")}
         if model.num_classes is not None:
             self.rows["label"] = tf.TensorSpec([None], tf.int32, "label")
             self.rows["guidance"] = tf.TensorSpec([None], tf.float32, "guidance")
         visited = tf.TensorSpec([None], _backend.TIME_DTYPE)
-        # One function behind all signatures, and one copy of the network for all its calls.
+        # One function behind all signatures.
         self.sample = tf.function(
             self._sample, input_signature=[visited, *self.rows.values()], autograph=False
         )
@@ -246,19 +256,15 @@ class _Graph:
         return self._each(run, rows)
 
     def _guided(self, x_t, t, *conditions):
-        with _backend.substituted(self.weights):
-            denoiser = self.model.guided(*conditions, threshold=self.threshold, ema=False)
-            return denoiser(x_t, t)
+        denoiser = self.model.guide(self.raw, *conditions, threshold=self.threshold)
+        return denoiser(x_t, t)
 
     def _denoise(self, inputs: dict):
         """x̂_0 as `model.denoiser()` says it: neither guided nor clipped."""
         names = list(self._noisy_rows())
 
-        def run(*row):
-            with _backend.substituted(self.weights):
-                return self.model.raw(*row)
-
-        return self._each(run, self._checked([inputs[name] for name in names], names))
+        rows = self._checked([inputs[name] for name in names], names)
+        return self._each(self.raw, rows)
 
     def _each(self, function, rows):
         """A function of batches, on each row by itself or on all of them."""
@@ -309,8 +315,7 @@ class _ScoreGraph(_Graph):
         super().__init__(model, None, every_level, levels, None, batch_invariant)
 
     def _score(self, x, level):
-        with _backend.substituted(self.weights):
-            return self.model.raw.predict(x, self.model.time_of(level))
+        return self.raw.predict(x, self.model.time_of(level))
 
     def _sample(self, visited, seed):
         """The loop over levels and steps: seeds (B,) → (B, *shape)."""
@@ -321,6 +326,38 @@ class _ScoreGraph(_Graph):
             return langevin.annealed(self.score, self.model.sigmas, noise, **self.request)
 
         return self._each(run, (seed,))
+
+
+class _Stored:
+    """A network whose graph and weights exist once, however often they are called.
+
+    Args:
+        model: whose network it is.
+        values: (variable, value) pairs for all of its variables; arrays become constants.
+    """
+
+    def __init__(self, model, values):
+        import tensorflow as tf
+
+        self.network, self.values = model.network, values
+        self.num_classes = model.raw.num_classes
+        inputs = {"x": tf.TensorSpec([None, *model.sample_shape], tf.float32)}
+        inputs["time"] = tf.TensorSpec([None], tf.float32)
+        if self.num_classes is not None:
+            inputs["label"] = tf.TensorSpec([None], tf.int32)
+        self.function = tf.function(self._evaluate, input_signature=[inputs], autograph=False)
+
+    def _evaluate(self, inputs):
+        import tensorflow as tf
+
+        values = [(variable, tf.convert_to_tensor(value)) for variable, value in self.values]
+        with _backend.substituted(values):
+            return self.network(inputs)
+
+    def __call__(self, inputs, training=False):
+        """What the network gives."""
+        del training  # never, in a sampler
+        return self.function(inputs)
 
 
 class _Traced(Denoiser):

@@ -214,7 +214,10 @@ class DiffusionModel(NoiseConditionalModel):
         Raises:
             ValueError: If a label or guidance is asked of an unconditional model.
         """
-        denoiser = self.denoiser(ema)
+        return self.guide(self.denoiser(ema), label, guidance, threshold=threshold)
+
+    def guide(self, denoiser: Denoiser, label=None, guidance=None, *, threshold="auto") -> Denoiser:
+        """What `guided` does, of a denoiser that is not quite the model's own."""
         if guidance is not None:
             denoiser = ClassifierFreeGuidance(denoiser, label, guidance)
         elif label is not None:
