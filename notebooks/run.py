@@ -12,6 +12,8 @@ What makes a notebook one of ours (`tests/test_notebooks.py` holds each to it):
 * The second is code, tagged `parameters`, and assigns constants in upper case. The notebook's
   metadata give the small values: `{"tfdiffusion": {"fast": {"STEPS": 50}}}`. A chapter that writes
   pictures has the parameter `ASSETS = "../assets"`; runs that save nothing send it elsewhere.
+  With `"eager": true` beside `"fast"`, small runs do without graphs, which suits a chapter that
+  makes many of them and runs each a few times.
 * Cells tagged `checked` print numbers that do not depend on the parameters, and that any machine
   finds again: closed forms, and seeded experiments without training.
 * Cells tagged `exercise` check a reader's answer with `assert`; the cell above such a cell, tagged
@@ -46,7 +48,16 @@ RELATIVE_TOLERANCE = 1e-3  # of a checked number, or one unit of its last printe
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
 _WARNING = re.compile(r"warning:", re.IGNORECASE)
-_AS_TRACED = 'set_experimental_options({"disable_meta_optimizer": True})'
+# How small runs save time: optimizing a graph takes longer than a few steps gain by it, and so may
+# making one. (What TensorFlow warns of, that input pipelines stay graphs, is as it should be.)
+_AS_TRACED = """\
+import tensorflow as tf
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})"""
+_EAGER = """\
+import warnings
+warnings.filterwarnings("ignore", "Even though the `tf.config.experimental_run_functions_eagerly`")
+import tensorflow as tf
+tf.config.run_functions_eagerly(True)"""
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 
 
@@ -90,16 +101,13 @@ def digest(notebook: NotebookNode) -> str:
 # --------------------------------------------------------------------------------------- running
 
 
-def execute(
-    notebook: NotebookNode, changes: dict | None = None, plain_graphs: bool = False
-) -> NotebookNode:
+def execute(notebook: NotebookNode, changes: dict | None = None, setting: str = "") -> NotebookNode:
     """Runs all cells in order, in a fresh kernel in the folder of the notebooks.
 
     Args:
         notebook: left as it is.
         changes: parameter → value, assigned in a cell behind the one tagged `parameters`.
-        plain_graphs: TensorFlow runs graphs as they are traced. Optimizing them takes longer than
-            it saves where only a few steps are run.
+        setting: code that runs behind those assignments.
 
     Returns:
         A copy with outputs.
@@ -115,8 +123,7 @@ def execute(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     notebook = copy.deepcopy(notebook)
     lines = [f"{name} = {value!r}" for name, value in (changes or {}).items()]
-    if plain_graphs:
-        lines += ["import tensorflow as tf", f"tf.config.optimizer.{_AS_TRACED}"]
+    lines += [setting] if setting else []
     if lines:
         place = notebook.cells.index(tagged(notebook, "parameters")[0]) + 1
         notebook.cells.insert(place, nbformat.v4.new_code_cell("\n".join(lines)))
@@ -156,7 +163,8 @@ def run(path: Path, fast: bool = False, save: bool = True) -> NotebookNode:
     with tempfile.TemporaryDirectory() as folder:
         if not save and "ASSETS" in tagged(notebook, "parameters")[0].source:
             changes["ASSETS"] = folder
-        return execute(notebook, changes, plain_graphs=fast)
+        eager = notebook.metadata.get("tfdiffusion", {}).get("eager", False)
+        return execute(notebook, changes, (_EAGER if eager else _AS_TRACED) if fast else "")
 
 
 def normalized(notebook: NotebookNode, name: str) -> NotebookNode:

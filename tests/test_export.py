@@ -227,25 +227,35 @@ def conditional(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory):
-    """In mixed precision, with channels that no PNG has, on a grid of its own, batched."""
+    """In mixed precision, with channels no PNG has, on its own grid, batched, as if it were big."""
     folder = tmp_path_factory.mktemp("unconditional")
     config = {"widths": (4,), "groups": 2, "mid_attention": False, "dtype": "mixed_bfloat16"}
     model = make((4, 4, 2), **config)
     grid = [1.0, 0.6, 0.2]
-    directory = export.saved_model(
-        model, folder / "saved_model", grid=grid, sampler="ddpm", batch_invariant=False
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_MOST_CONSTANT_BYTES", 0)
+        directory = export.saved_model(
+            model, folder / "saved_model", grid=grid, sampler="ddpm", batch_invariant=False
+        )
     jobs = {"all": ("0", "sample_float", {"seed": SEEDS})}
     warm_up = warm_up_requests(directory)
     jobs |= {f"warm-up {name}": ("session", name, inputs) for name, inputs in warm_up.items()}
     answers = answers_to(directory, jobs, folder)
-    return SimpleNamespace(model=model, grid=grid, answers=answers)
+    return SimpleNamespace(model=model, directory=directory, grid=grid, answers=answers)
 
 
 def samples(model, **arguments):
     """`model.sample` of the rows that have a label."""
     request = {"label": LABELS[LABELLED], "guidance": GUIDANCE[LABELLED]}
     return model.sample(len(LABELLED), seeds=SEEDS[LABELLED], **request, **arguments)
+
+
+def stored(directory):
+    """Sizes of the variables of a SavedModel."""
+    import tensorflow as tf
+
+    names = tf.train.list_variables(str(directory / "variables" / "variables"))
+    return [int(np.prod(shape)) for name, shape in names if "CHECKPOINTABLE" not in name]
 
 
 def pixels(images):
@@ -327,15 +337,38 @@ class TestConditional:
         np.testing.assert_allclose(x_0, expected, rtol=1e-4, atol=1e-4)
         assert np.abs(x_0).max() > 1.0  # not clipped
 
-    def test_only_the_average_is_stored(self, conditional):
-        import tensorflow as tf
+    def test_only_the_average_is_stored_and_once(self, conditional, unconditional):
+        """As constants; of a big network as variables."""
+        size = 4 * conditional.model.network.count_params()
+        file = (conditional.directory / "saved_model.pb").read_bytes()
+        assert stored(conditional.directory) == [] and len(file) > size
+        kernels = [pair for pair in conditional.model.ema.pairs() if len(pair[0].shape) == 4]
+        assert len(kernels) > 3
+        for raw, average in kernels:
+            assert keras.ops.convert_to_numpy(raw).tobytes() not in file
+            assert file.count(keras.ops.convert_to_numpy(average).tobytes()) == 1
 
-        network = conditional.model.network
-        stored = tf.train.list_variables(str(conditional.directory / "variables" / "variables"))
-        sizes = [int(np.prod(shape)) for name, shape in stored if "CHECKPOINTABLE" not in name]
-        assert sum(sizes) == network.count_params()
-        values = conditional.directory / "variables" / "variables.data-00000-of-00001"
-        assert values.stat().st_size < 1.5 * 4 * network.count_params() + 10_000
+        sizes = stored(unconditional.directory)
+        assert sum(sizes) == unconditional.model.network.count_params()
+        values = unconditional.directory / "variables" / "variables.data-00000-of-00001"
+        assert values.stat().st_size < 1.5 * 4 * sum(sizes) + 10_000
+
+    def test_no_sum_can_be_fused_with_what_it_adds(self, conditional, unconditional):
+        """TensorFlow's fused kernels crash, or mix rows up, where two rows run at once."""
+        from tensorflow.core.protobuf import saved_model_pb2
+
+        sums, apart = ("Add", "AddV2", "AddN"), 0
+        for export_ in (conditional, unconditional):
+            model = saved_model_pb2.SavedModel()
+            model.ParseFromString((export_.directory / "saved_model.pb").read_bytes())
+            for function in model.meta_graphs[0].graph_def.library.function:
+                operations = {node.name: node.op for node in function.node_def}
+                for node in function.node_def:
+                    inputs = [operations.get(name.split(":")[0]) for name in node.input]
+                    if node.op in sums:
+                        assert "BiasAdd" not in inputs, (function.signature.name, node.name)
+                        apart += "EnsureShape" in inputs
+        assert apart > 10
 
     @pytest.mark.parametrize(
         "job, message",
@@ -463,7 +496,7 @@ def test_points_are_samples_and_no_images(tmp_path):
 class StubGraph:
     """Writes a SavedModel without a network in it."""
 
-    weights = ()
+    variables = ()
     signatures = None
 
     def __init__(self, *args):

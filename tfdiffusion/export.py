@@ -345,7 +345,10 @@ class _Stored:
         inputs["time"] = tf.TensorSpec([None], tf.float32)
         if self.num_classes is not None:
             inputs["label"] = tf.TensorSpec([None], tf.int32)
-        self.function = tf.function(self._evaluate, input_signature=[inputs], autograph=False)
+        traced = tf.function(self._evaluate, input_signature=[inputs], autograph=False)
+        self.traced = traced.get_concrete_function()
+        self.definition = _with_sums_apart(self.traced.graph)
+        self.function = tf.function(self._run, input_signature=[inputs], autograph=False)
 
     def _evaluate(self, inputs):
         import tensorflow as tf
@@ -354,10 +357,48 @@ class _Stored:
         with _backend.substituted(values):
             return self.network(inputs)
 
+    def _run(self, inputs):
+        import tensorflow as tf
+
+        capture = tf.compat.v1.get_default_graph().capture  # of variables, if there are any
+        values = [*tf.nest.flatten(inputs), *map(capture, self.traced.captured_inputs)]
+        return tf.graph_util.import_graph_def(
+            self.definition,
+            {tensor.name: value for tensor, value in zip(self.traced.inputs, values)},
+            [output.name for output in self.traced.outputs],
+            name="",
+        )[0]
+
     def __call__(self, inputs, training=False):
         """What the network gives."""
         del training  # never, in a sampler
         return self.function(inputs)
+
+
+def _with_sums_apart(graph):
+    """The GraphDef of a graph, with no sum next to the convolution or product that it adds to.
+
+    TensorFlow makes the two one on CPUs, and its kernel for that (seen in 2.21) is not safe to run
+    twice at once: it keeps the addresses of a copy in members of its own. Rows that are computed
+    side by side, or requests that a server answers so, would crash now and then, or swap sums.
+    """
+    sums = ("Add", "AddV2", "AddN")
+    definition = graph.as_graph_def()
+    operations = {node.name: node.op for node in definition.node}
+    for node in list(definition.node):
+        if "_gradient_op_type" in node.attr:  # of no use to a sampler
+            del node.attr["_gradient_op_type"]
+        if node.op not in sums:
+            continue
+        for i, name in enumerate(node.input):
+            if operations.get(name) in ("BiasAdd", *sums):
+                between = definition.node.add(name=f"{node.name}/apart_{i}", op="EnsureShape")
+                between.input.append(name)
+                between.attr["T"].CopyFrom(node.attr["T"])
+                shape = graph.get_tensor_by_name(f"{name}:0").shape
+                between.attr["shape"].shape.CopyFrom(shape.as_proto())
+                node.input[i] = between.name
+    return definition
 
 
 class _Traced(Denoiser):
