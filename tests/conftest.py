@@ -18,6 +18,14 @@ if keras.backend.backend() == "tensorflow":
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """On JAX, tests that its compiler takes a minute for are among the slow ones."""
+    for item in items:
+        if keras.backend.backend() == "jax" and item.get_closest_marker("slow_on_jax"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Initial weights, and whatever else draws from a global generator, are those of seed 0."""

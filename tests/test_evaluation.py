@@ -82,6 +82,7 @@ def digits():
     return (data.images / 8.0 - 1.0).astype("float32")[..., None], data.target
 
 
+@pytest.mark.slow_on_jax
 def test_judge_knows_digits_from_noise(digits):
     images, labels = digits
     judge = evaluation.train_judge(images[:1400], labels[:1400], epochs=6, batch_size=64)

@@ -192,6 +192,7 @@ def train(*arguments, cwd):
 COMMAND = ("--data", "photos", "--steps", "40", "--batch-size", "4", "--no-export")
 
 
+@pytest.mark.slow_on_jax
 def test_a_killed_training_goes_on(photos):
     """The real command line, killed without warning while it saves after every step."""
     folder = photos / "runs" / "photos"

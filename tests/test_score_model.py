@@ -126,6 +126,7 @@ def test_training_steps_descend(objective, energy):
     assert after < before - 0.02
 
 
+@pytest.mark.slow_on_jax
 def test_images_and_labels_that_are_not_looked_at():
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, size=(8, 8, 8, 1)).astype("float32")
@@ -291,6 +292,7 @@ def test_the_savedmodel_of_images_makes_pictures(tmp_path):
 # The command line.
 
 
+@pytest.mark.slow_on_jax
 def test_the_command_line_trains_samples_and_tells(tmp_path, capsys):
     from tfdiffusion import cli
 

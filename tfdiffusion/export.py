@@ -89,9 +89,9 @@ def saved_model(
         threshold: see `DiffusionModel.guided`.
         steps_per_level: of a `ScoreModel`, which has its own sampler, annealed Langevin dynamics,
             and no use for the four arguments above; it gives no `sample_steps`.
-        batch_invariant: False computes a batch at once, which halves the time of 16 images on a
-            CPU and is a must for large batches on a GPU; an image then depends on its neighbours
-            by a rounding error, which can move a pixel by 1.
+        batch_invariant: False computes a batch at once, which takes a fifth off the time of 16
+            images on a CPU (benchmarks/README.md) and is a must for large batches on a GPU; an
+            image then depends on its neighbours by a rounding error, which can move a pixel by 1.
         overwrite: replace a SavedModel that is there. Anything else is never touched.
 
     Returns:
