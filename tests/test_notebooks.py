@@ -80,6 +80,25 @@ def small_notebook() -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata={"tfdiffusion": {"fast": {"SIZE": 7}}})
 
 
+@pytest.mark.parametrize(
+    ("fast", "eager", "expected"),
+    [
+        (True, True, "run_functions_eagerly"),
+        (True, False, "disable_meta_optimizer"),
+        (False, True, ""),
+    ],
+)
+def test_small_runs_save_time(tmp_path, monkeypatch, fast, eager, expected):
+    notebook = small_notebook()
+    notebook.metadata["tfdiffusion"]["eager"] = eager
+    runner.write(notebook, tmp_path / "small.ipynb")
+    monkeypatch.setattr(runner, "execute", lambda notebook, changes, setting: (changes, setting))
+    changes, setting = runner.run(tmp_path / "small.ipynb", fast=fast)
+    assert changes == ({"SIZE": 7} if fast else {})
+    assert expected in setting and bool(expected) == bool(setting)
+    compile(setting, "setting", "exec")
+
+
 @pytest.fixture(scope="module")
 def executed():
     """The small notebook in full, and fast."""
