@@ -160,15 +160,13 @@ def trained(args, train: np.ndarray) -> dict:
         rate = keras.optimizers.schedules.CosineDecay(1e-3, args.train, alpha=0.02)
         model.compile(keras.optimizers.Adam(rate, clipnorm=1.0))
         batches = data.read((train, np.zeros(len(train), int)), labels=False).batches(
-            args.batch_size, seed=args.seed, from_step=lambda model=model: model.steps_done
+            args.batch_size, seed=args.seed, from_step=0
         )
-        short = name.split(",")[0].replace(" ", "_")
-        keep = [keras.callbacks.BackupAndRestore(Path(args.out) / short)] if args.out else []
-        epochs = math.ceil(args.train / len(batches))
-        history = model.fit(batches, epochs=epochs, verbose=2, callbacks=keep).history
+        history = model.fit(batches, steps_per_epoch=args.train, epochs=1, verbose=0).history
         print(f"{name}: trained for {args.train} steps, loss {history['loss'][-1]:.4f}", flush=True)
         if args.out:
-            model.save(Path(args.out) / f"{short}.keras")
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            model.save(Path(args.out) / f"{name.split(',')[0].replace(' ', '_')}.keras")
     return made
 
 

@@ -213,6 +213,10 @@ def share_of_peak_ours(**changes):
     return rate(lambda x: network({"x": x, "time": time_}), x, 5) / peak
 
 
+def share_without_attention_ours():
+    return share_of_peak_ours(attention_levels=(), mid_attention=False)
+
+
 def export(folder, batch_invariant=True):
     """Exports our sampler, with no weight at zero: a graph would skip biases that are."""
     import keras
@@ -225,10 +229,6 @@ def export(folder, batch_invariant=True):
     return tfd.export.saved_model(
         model, folder + "/sm", steps=50, sampler="ddim", batch_invariant=batch_invariant
     )
-
-
-def share_without_attention_ours():
-    return share_of_peak_ours(attention_levels=(), mid_attention=False)
 
 
 def sampling_ours(batch, batch_invariant=True):

@@ -262,7 +262,6 @@ class _Graph:
     def _denoise(self, inputs: dict):
         """x̂_0 as `model.denoiser()` says it: neither guided nor clipped."""
         names = list(self._noisy_rows())
-
         rows = self._checked([inputs[name] for name in names], names)
         return self._each(self.raw, rows)
 
