@@ -16,8 +16,6 @@ pixels.
 from __future__ import annotations
 
 import argparse
-import io
-import lzma
 import math
 import time
 from pathlib import Path
@@ -27,14 +25,6 @@ import numpy as np
 
 import tfdiffusion as tfd
 from tfdiffusion import data, likelihood, models, plotting, runs, variational
-
-PUBLISHED = [
-    ("DDPM, L_simple (bound)", "3.75", "Ho et al. 2020, arXiv:2006.11239, table 2"),
-    ("improved DDPM, hybrid (bound)", "3.17", "Nichol & Dhariwal 2021, arXiv:2102.09672, table 2"),
-    ("improved DDPM, vlb (bound)", "2.94", "the same"),
-    ("score SDE, sub-VP deep (ODE)", "2.99", "Song et al. 2021, arXiv:2011.13456"),
-    ("VDM (bound)", "2.65", "Kingma et al. 2021, arXiv:2107.00630"),
-]
 
 
 def read(args) -> tuple[tuple, tuple]:
@@ -57,43 +47,19 @@ def with_error(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ± {values.std(ddof=1) / math.sqrt(len(values)):.3f}"
 
 
-def densities(args, train: np.ndarray, test: np.ndarray, pixels) -> list[tuple]:
-    """A Gaussian and a mixture of ten, of the dequantised pixels: bits of each test image."""
-    from sklearn.mixture import GaussianMixture
-
-    rng = np.random.default_rng(args.seed)
-    train = train.reshape(len(train), -1)[rng.permutation(len(train))[: args.fit]]
-    train, test = (
-        x + pixels.width * (rng.random(x.shape) - 0.5) for x in (train, test.reshape(len(test), -1))
-    )
+def beside(args, train: np.ndarray, test: np.ndarray, pixels) -> list[tuple]:
+    """The rows of what is no diffusion model, of the same images."""
+    baselines, options = likelihood.baselines, {"iterations": args.em, "seed": args.seed}
+    some = train[np.random.default_rng(args.seed).permutation(len(train))[: args.fit]]
     rows = []
     for count, name in ((1, "Gaussian, full covariance"), (10, "mixture of 10 such")):
-        # The noise alone keeps every covariance regular; a mixture of few images needs some more.
-        floor = pixels.width**2 / 12 * (count > 1)
-        fitted = GaussianMixture(count, reg_covar=floor, max_iter=args.em, random_state=args.seed)
-        nats = fitted.fit(train).score_samples(test)
-        bits = -nats / test.shape[1] / math.log(2.0) + pixels.offset
-        note = f"scikit-learn, {len(train):,} images, uniform dequantisation"
+        bits = baselines.gaussian_mixture(some, test, count, pixels=pixels, **options)
+        note = f"scikit-learn, {len(some):,} images, uniform dequantisation"
         rows.append(outside(name, density=with_error(bits), note=note))
-    return rows
-
-
-def formats(levels: np.ndarray) -> list[tuple]:
-    """Bits a pixel of PNG files and of one xz stream."""
-    from PIL import Image
-
-    count, height, _, channels = levels.shape
-    pictures = levels[..., 0] if channels == 1 else levels
-
-    def png(picture):
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="PNG", optimize=True)
-        return 8 * len(file.getvalue())
-
-    each = np.array([png(p) for p in pictures]) / levels[0].size
-    tall = png(pictures.reshape(count * height, *pictures.shape[2:])) / levels.size
-    stream = 8 * len(lzma.compress(levels.tobytes(), preset=9 | lzma.PRESET_EXTREME)) / levels.size
+    each, tall = baselines.png(test, pixels), baselines.png_of_all(test, pixels)
+    stream, count = baselines.xz(test, pixels), len(test)
     return [
+        *rows,
         outside("PNG, a file an image", with_error(each), note="Pillow, optimize, with headers"),
         outside("PNG, all in one picture", f"{tall:.3f}", note=f"{count} images below each other"),
         outside("xz -9e, all in one stream", f"{stream:.3f}", note=f"{count} images"),
@@ -193,22 +159,20 @@ def main() -> None:
     train, test = read(args)
     pixels = likelihood.Pixels(args.levels)
     print(f"{len(train[0]):,} images to train on, {len(test[0])} held out", flush=True)
-    whole = np.rint((test[0] - pixels.low) / pixels.width).astype("uint8")
     rows, curves = [], {}
     ours = {Path(name).stem: tfd.models.load(name) for name in args.model}
     ours |= trained(args, train[0]) if args.train else {}
     for name, model in ours.items():
         rows.append(measured(args, name, model, test, pixels, curves))
-    rows += densities(args, train[0], test[0], pixels)
-    rows += formats(whole)
+    rows += beside(args, train[0], test[0], pixels)
     rows.append(outside("uniform", f"{math.log2(args.levels):.3f}", note=f"{args.levels} values"))
     print(f"\n| {args.data} | bound | endless steps | ODE, the same noise | ODE, uniform noise | |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
     print("\n| CIFAR-10, published | bits per dimension | source |\n|---|---|---|")
-    for row in PUBLISHED:
-        print("| " + " | ".join(row) + " |")
+    for model, bits, source in likelihood.baselines.PUBLISHED:
+        print(f"| {model} | {bits:.2f} | {source} |")
     if args.out:
         plotting.bits_by_time(curves, Path(args.out) / "bits_by_time.png")
 

@@ -705,6 +705,20 @@ entry(
     **numbers(tolerance=0.1, prior_tolerance=1.0),
     **bits,
 )
+FILED = np.zeros((2, 2, 2, 1), "float32")
+filed = {"images": (FILED, ARRAYS), "pixels": (PIXELS, pixel_values)}
+entry(
+    "baselines.gaussian_mixture",
+    L.baselines.gaussian_mixture,
+    (2,),
+    train=(np.tile(FILED, (9, 1, 1, 1)), ARRAYS),
+    **sizes(components=2, iterations=2),
+    **seeds(seed=0),
+    **filed,
+)
+entry("baselines.png", L.baselines.png, (2,), **filed)
+entry("baselines.png_of_all", L.baselines.png_of_all, **filed)
+entry("baselines.xz", L.baselines.xz, **filed)
 entry(
     "progressive_decoding",
     L.progressive_decoding,

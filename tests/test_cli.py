@@ -497,6 +497,27 @@ def test_evaluate_prints_bound_and_likelihood_with_errors(capsys, conditional, t
     assert re.search(rf"bound  {number}   prior .* of 999", out)
     assert re.search(rf"ODE    {number}   1 draw; \d+ evaluations", out)
     assert Image.open(plot).size[0] > 400
+    for name in ("Gaussian", "mixture of 10", "PNG"):
+        assert re.search(rf"{name} +{number}  ", out), name
+    for name in ("PNG, one", "xz"):
+        assert re.search(rf"{name} +\d+\.\d{{3}} +all images", out), name
+    assert "fitted to 41 training images" in out
+    assert re.search(r"VDM, bound +2\.65  .*arXiv:2107\.00630", out)
+
+
+def test_evaluate_says_what_cannot_stand_beside_it(capsys, unconditional, tmp_path):
+    """Files hold 256 values at most; and nothing stands there if one wants nothing."""
+    for i in range(20):
+        image = np.full((4, 4), 10 * i, np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    arguments = ["evaluate", unconditional, "--data", str(tmp_path), "--draws", "0", "--num", "2"]
+    assert cli.main([*arguments, "--levels", "511"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"PNG  +left out: Files hold Pixels of at most 256 values", out)
+    assert re.search(r"Gaussian +\S+ ± ", out) and "fitted to 18" in out
+    assert cli.main([*arguments, "--baselines", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "bound" in out and "Gaussian" not in out and "published" not in out
 
 
 def test_evaluate_refuses(capsys, unconditional, tmp_path):

@@ -642,3 +642,67 @@ def test_where_the_bits_are():
     chain = likelihood.estimate(denoiser, pixels, evaluations=3)
     flow = likelihood.estimate(gaussian(0.25, "flow"), pixels, evaluations=3)
     assert np.isfinite(chain.squared_error).all() and np.isnan(flow.squared_error[:, -1]).all()
+
+
+# What stands beside it.
+
+
+def test_a_gaussian_of_points_is_the_one_of_their_moments():
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(3, 3))
+    train, images = (rng.normal(size=(n, 3)) @ mixing.T + 0.3 for n in (500, 20))
+    train, images = train.astype("float32"), images.astype("float32")
+    bits = likelihood.baselines.gaussian_mixture(train, images, pixels=None)
+    density = stats.multivariate_normal(train.mean(0), np.cov(train.T, bias=True))
+    np.testing.assert_allclose(bits, -density.logpdf(images) / 3 / LN2, rtol=1e-5)
+
+
+def test_uniform_pixels_cost_a_gaussian_a_quarter_of_a_bit():
+    """Filled bins of 256 values have the variance 256² / 12 bins: 8 + ½ log2(2 pi e / 12) bits."""
+    rng = np.random.default_rng(0)
+    train, images = (
+        (rng.integers(0, 256, (n, 2, 2, 1)) / 127.5 - 1).astype("float32") for n in (20_000, 5000)
+    )
+    bits = likelihood.baselines.gaussian_mixture(train, images)
+    error = bits.std() / math.sqrt(len(bits))
+    assert abs(bits.mean() - 8 - 0.5 * math.log2(2 * math.pi * math.e / 12)) < 4 * error + 0.001
+
+
+def test_a_mixture_finds_the_modes_that_a_gaussian_cannot():
+    """Two far points of deviation 0.1: one bit for which, and the entropy of one."""
+    rng = np.random.default_rng(0)
+    train, images = (
+        (rng.choice([-5.0, 5.0], (n, 1)) + 0.1 * rng.normal(size=(n, 1))).astype("float32")
+        for n in (4000, 4000)
+    )
+    one, two = (
+        likelihood.baselines.gaussian_mixture(train, images, n, pixels=None) for n in (1, 2)
+    )
+    entropy = 1 + 0.5 * math.log2(2 * math.pi * math.e * 0.1**2)
+    assert abs(two.mean() - entropy) < 4 * two.std() / math.sqrt(len(two)) + 0.01
+    assert one.mean() > two.mean() + 3
+
+
+def test_files_of_noise_need_all_their_bits_and_of_nothing_few():
+    rng = np.random.default_rng(0)
+    noise = (rng.integers(0, 256, (8, 32, 32, 3)) / 127.5 - 1).astype("float32")
+    files = likelihood.baselines
+    assert (files.png(noise) >= 8).all() and 8 <= files.png_of_all(noise) < 8.2
+    assert 8 <= files.xz(noise) < 8.1
+    flat = np.zeros_like(noise[..., :1])
+    assert (files.png(flat, Pixels(17)) < 1.0).all() and files.xz(flat, Pixels(17)) < 0.2
+    assert files.png(noise).shape == (8,)
+
+
+def test_what_cannot_stand_beside_it_says_why():
+    files, x = likelihood.baselines, np.zeros((2, 4, 4, 1), "float32")
+    with pytest.raises(ValueError, match=r"at most 256 values.*511"):
+        files.png(x, Pixels(511))
+    with pytest.raises(ValueError, match=r"1 or 3\).*\(2, 4, 4, 2\)"):
+        files.xz(np.zeros((2, 4, 4, 2), "float32"), Pixels(3))
+    with pytest.raises(ValueError, match=r"Received 2 of 16 dimensions.*1 of 9"):
+        files.gaussian_mixture(x, np.zeros((1, 9), "float32"), pixels=None)
+    with pytest.raises(ValueError, match="too few, or too much alike"):
+        files.gaussian_mixture(x, x, 2, pixels=None)
+    with pytest.raises(ValueError, match="components"):
+        files.gaussian_mixture(x, x, 0)

@@ -604,7 +604,8 @@ def _labels(model: Any, args: argparse.Namespace) -> Any:
 def _evaluate(args: argparse.Namespace) -> None:
     plot = _picture(args.plot, "--plot", (".png",)) if args.plot else None
     model = _load(args)
-    images, labels, name = _held_out(args, model)
+    train, held_out, name = _divided(args, model)
+    images, labels = held_out.arrays(args.num)
     from tfdiffusion import likelihood, plotting
 
     given = "" if labels is None else ", given their labels"
@@ -634,10 +635,54 @@ def _evaluate(args: argparse.Namespace) -> None:
     if plot is not None:
         plotting.bits_by_time({Path(args.model).name: bound.by_time()}, plot)
         print(f"{plot}  the bits of the bound at each noise level")
+    if args.baselines:
+        _print_baselines(train, args.baselines, images, pixels, args.seed)
 
 
-def _held_out(args: argparse.Namespace, model: Any) -> tuple:
-    """Images, labels (or None) and what to call them."""
+def _print_baselines(train: Any, num: int, images: Any, pixels: Any, seed: int) -> None:
+    """What others need for the same images, as far as they can be had for them, and in papers."""
+    from tfdiffusion.likelihood import baselines
+
+    if train is not None:
+        _, train = train.split(num, seed) if num < train.num_examples else (None, train)
+        train, _ = train.arrays()
+
+    def gaussians(count: int) -> Any:
+        if train is None:
+            raise ValueError("there is no split 'train' to fit it to.")
+        with _work():
+            return baselines.gaussian_mixture(train, images, count, pixels=pixels, seed=seed)
+
+    fitted = "" if train is None else f"uniform noise, fitted to {len(train):,} training images"
+    rows = (
+        ("Gaussian", lambda: gaussians(1), f"full covariance, {fitted}"),
+        ("mixture of 10", lambda: gaussians(10), f"full covariances, {fitted}"),
+        ("PNG", lambda: baselines.png(images, pixels), "a file an image"),
+        ("PNG, one", lambda: baselines.png_of_all(images, pixels), "all images below each other"),
+        ("xz", lambda: baselines.xz(images, pixels), "all images in one stream"),
+    )
+    print("\nbeside it, for the same images")
+    for name, measure, note in rows:
+        try:
+            print(f"{name:<13}  {_with_error(measure()):<15}  {note}", flush=True)
+        except ValueError as error:
+            print(f"{name:<13}  left out: {_one_line(error)}")
+    print("\npublished, of CIFAR-10")
+    for model, bits, source in baselines.PUBLISHED:
+        print(f"{model:<27}  {bits:.2f}  {source}")
+
+
+def _with_error(bits: Any) -> str:
+    """Their mean, with its standard error if there are several."""
+    import numpy as np
+
+    if np.ndim(bits) == 0:
+        return f"{bits:.3f}"
+    return f"{bits.mean():.3f} ± {bits.std(ddof=1) / len(bits) ** 0.5:.3f}"
+
+
+def _divided(args: argparse.Namespace, model: Any) -> tuple:
+    """Examples to train on, those held out, and what to call these."""
     from tfdiffusion import data, runs
 
     has_splits = data.has_splits(args.data)
@@ -645,27 +690,36 @@ def _held_out(args: argparse.Namespace, model: Any) -> tuple:
         raise UsageError(
             f"--split {args.split}: {args.data} has no splits; what `train` held out is measured."
         )
-    split = {"split": args.split or "test"} if has_splits else {}
+    split = args.split or "test"
     folder = not has_splits and args.data != "digits"
-    with _told(UsageError):
-        examples = data.read(
-            args.data,
-            image_size=model.sample_shape[0] if folder else None,
-            labels=model.num_classes is not None,
-            data_dir=args.data_dir,
-            **split,
-        )
-    name = f"{args.data}, {split['split']}" if has_splits else f"{args.data}, held out"
-    if not has_splits:
-        _, examples = runs.hold_out(examples, args.seed)
-        if examples is None:
-            raise UsageError(f"--data {args.data} has too few images: nothing was held out.")
+
+    def read(**options: Any) -> Any:
+        with _told(UsageError):
+            return data.read(
+                args.data,
+                image_size=model.sample_shape[0] if folder else None,
+                labels=model.num_classes is not None,
+                data_dir=args.data_dir,
+                **options,
+            )
+
+    if has_splits:
+        examples, name = read(split=split), f"{args.data}, {split}"
+        try:
+            train = read(split="train") if args.baselines else None
+        except UsageError:  # a set may have no such split
+            train = None
+    else:
+        train, examples = runs.hold_out(read(), args.seed)
+        name = f"{args.data}, held out"
+    if examples is None:
+        raise UsageError(f"--data {args.data} has too few images: nothing was held out.")
     if tuple(examples.shape) != model.sample_shape:
         raise UsageError(
             f"The model makes {'x'.join(map(str, model.sample_shape))}, and the images of "
             f"{args.data} are {'x'.join(map(str, examples.shape))}."
         )
-    return *examples.arrays(args.num), name
+    return train, examples, name
 
 
 def _export(args: argparse.Namespace) -> None:

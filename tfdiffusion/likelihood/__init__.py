@@ -1,9 +1,11 @@
 """What a model says about data, in bits: the variational bound and the exact log-likelihood.
 
 `bound` and `continuous_bound` are upper bounds of −log2 p, term by term; `log_likelihood` follows
-the probability-flow ODE. All take any model or denoiser, any process, images or points.
+the probability-flow ODE. All take any model or denoiser, any process, images or points. `baselines`
+has what a Gaussian, file formats and papers need.
 """
 
+from tfdiffusion.likelihood import baselines
 from tfdiffusion.likelihood.bound import (
     Bound,
     bound,
@@ -20,6 +22,7 @@ __all__ = [
     "LogLikelihood",
     "Pixels",
     "ToleranceError",
+    "baselines",
     "bound",
     "continuous_bound",
     "estimate",
