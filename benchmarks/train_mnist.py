@@ -93,9 +93,13 @@ def score(examples, precision: str):
 
 
 def vdm(examples, precision: str):
-    """A variational diffusion model, whose finest noise is 0.3 of a pixel's bin."""
+    """A variational diffusion model, whose finest noise is 0.3 of a pixel's bin.
+
+    With octaves down to the finest, at each noise level one of them is as fine as the noise: how
+    far a pixel is from black can be read off there.
+    """
     pixels = likelihood.Pixels(256)
-    network = variational.WithFourierFeatures(unet(precision), (7, 8))
+    network = variational.WithFourierFeatures(unet(precision), range(1, 9))
     return variational.VariationalDiffusionModel(
         network, gamma_min=2.0 * math.log(0.3 * pixels.width), levels=pixels.levels
     )

@@ -490,7 +490,10 @@ class VariationalDiffusionModel(DiffusionModel):
 class WithFourierFeatures(keras.layers.Layer):
     """Gives a network sin and cos of its input, too: fine detail for the last bits (VDM).
 
-    The channels x are joined by sin(2ⁿ π x) and cos(2ⁿ π x).
+    The channels x are joined by sin(2ⁿ π x) and cos(2ⁿ π x). The defaults are the paper's, periods
+    of two bins and of one. Octaves up to these, `range(1, 9)`, let a network read off at every
+    noise level how far a pixel is from black or white; it then learns images that are mostly one
+    of both, such as MNIST, in a fraction of the steps.
 
     Args:
         network: any network of `tfdiffusion.networks`.
