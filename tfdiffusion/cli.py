@@ -669,7 +669,7 @@ def _print_baselines(train: Any, num: int, images: Any, pixels: Any, seed: int) 
             print(f"{name:<13}  left out: {_one_line(error)}")
     print("\npublished, of CIFAR-10")
     for model, bits, source in baselines.PUBLISHED:
-        print(f"{model:<27}  {bits:.2f}  {source}")
+        print(f"{model:<28}  {bits:.2f}  {source}")
 
 
 def _with_error(bits: Any) -> str:
